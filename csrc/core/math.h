@@ -1,0 +1,58 @@
+// Elementary functions on vectors, within about 1 ulp over the range that a GPT uses.
+#pragma once
+
+#include "core/simd.h"
+
+namespace fastgpt::FASTGPT_ISA {
+
+// 2^n for integer-valued n in [-252, 254], in two factors so that neither overflows: scale_by_power(x, n) = x * 2^n.
+inline Vec scale_by_power(Vec x, VecI n) {
+  const VecI half = n >> 1;
+  return x * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+}
+
+// e^x. exp(-inf) = 0, exp(x > 88.73) = inf, NaN stays NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, Cody and Waite), then e^r by a degree-6 polynomial.
+inline Vec exp(Vec x) {
+  const float log2e = 1.44269504088896341f, ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723e-6f;
+  const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec low = splat(-104.0f), high = splat(89.0f);
+  const Vec clamped = x < low ? low : (x > high ? high : x);
+  const Vec shifted = clamped * log2e + round_to_int;
+  const Vec n = shifted - round_to_int;
+  const Vec r = (clamped - n * ln2_high) - n * ln2_low;
+  Vec p = splat(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return scale_by_power(p, as_int(shifted) - as_int(splat(round_to_int)));
+}
+
+// Natural logarithm. log(0) = -inf, log(x < 0) = NaN.
+// x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = (m - 1) / (m + 1), by its odd series.
+inline Vec log(Vec x) {
+  const Vec tiny = splat(1.17549435e-38f);
+  const auto subnormal = x < tiny;
+  const Vec scaled = subnormal ? x * 8388608.0f : x;
+  const VecU bits = as_uint(scaled) - 0x3f3504f3u;  // sqrt(1/2)
+  const VecI e = ((VecI)bits >> 23) - (subnormal ? VecI{} + 23 : VecI{});
+  const Vec m = as_float((bits & 0x007fffffu) + 0x3f3504f3u);
+  const Vec s = (m - 1.0f) / (m + 1.0f);
+  const Vec z = s * s;
+  Vec p = splat(2.0f / 11);
+  p = p * z + 2.0f / 9;
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  const Vec ef = __builtin_convertvector(e, Vec);
+  const Vec result = ef * 0.693145751953125f + (ef * 1.42860682030941723e-6f + (p * z * s + 2.0f * s));
+  const Vec infinity = splat(__builtin_inff());
+  const Vec special = x == 0.0f ? -infinity : (x == infinity ? infinity : splat(__builtin_nanf("")));
+  const auto ordinary = (x > 0.0f) & (x < infinity);
+  return ordinary ? result : special;
+}
+
+}  // namespace fastgpt::FASTGPT_ISA

@@ -1,0 +1,140 @@
+// One float vector type, as wide as the instruction-set level allows, on GCC/Clang vector extensions.
+//
+// Arithmetic and comparisons are the language's own operators (a * b + c becomes an FMA where there is one);
+// this header adds what the language lacks: loads and stores with conversion, tails, reductions, min and max.
+// A comparison gives a mask vector; `mask ? a : b` selects by lane.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/dtype.h"
+#include "core/isa.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastgpt::FASTGPT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline VecI as_int(Vec v) { return (VecI)v; }
+inline VecU as_uint(Vec v) { return (VecU)v; }
+inline Vec as_float(VecI v) { return (Vec)v; }
+inline Vec as_float(VecU v) { return (Vec)v; }
+
+// The second operand wins when the first is NaN, as in SSE.
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec abs(Vec a) { return as_float(as_uint(a) & 0x7fffffffu); }
+inline Vec sqrt(Vec a) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)a);
+#else
+  for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
+
+template <class V, class T>
+inline V load_bits(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const float* p) { return load_bits<Vec>(p); }
+inline Vec load(const bf16* p) { return as_float(__builtin_convertvector(load_bits<VecH>(p), VecU) << 16); }
+inline Vec load(const f16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(load_bits<__m256i>(p));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(load_bits<__m128i>(p));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Vec v) {
+  const VecU u = as_uint(v);
+  const VecU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const VecU quiet = u >> 16 | 0x40u;
+  const VecH h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, VecH);
+  std::memcpy(p, &h, sizeof h);
+}
+inline void store(f16* p, Vec v) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &h, sizeof h);
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof h);
+#else
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p[i]);
+#endif
+}
+
+// Tails: the first n lanes (0 < n <= kLanes). Lanes beyond n load as `fill`; nothing beyond p + n is touched.
+template <class T>
+inline Vec load(const T* p, int64_t n, float fill = 0.0f) {
+  if (n >= kLanes) return load(p);
+  T lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = cast<T>(fill);
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+inline void store(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+#if defined(__AVX512F__)
+inline Vec load(const float* p, int64_t n, float fill = 0.0f) {
+  return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1u), p);
+}
+inline void store(float* p, Vec v, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1u), (__m512)v);
+}
+#endif
+
+// Reductions in a fixed order (halving), the same for every call.
+template <class F>
+inline float reduce(Vec v, F&& combine) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = combine(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
+#if defined(__AVX512F__)
+inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float max_lane(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+inline float sum(Vec v) {
+  return reduce(v, [](float a, float b) { return a + b; });
+}
+inline float max_lane(Vec v) {
+  return reduce(v, [](float a, float b) { return a > b ? a : b; });
+}
+#endif
+
+}  // namespace fastgpt::FASTGPT_ISA

@@ -1,0 +1,76 @@
+// The native API of fastgpt: one parameter struct and one entry per kernel.
+//
+// Nothing here knows torch. A struct holds raw pointers, sizes and options; an entry returns a Status.
+// Every backend (cpu, later cuda and simt) implements the same entries under its own namespace, and
+// bindings.cpp exposes each struct field by field, by name, so a forgotten or misspelt field is an error.
+//
+// Shape legend: B batch, T query length, S key length, H heads, Hkv key/value heads, D head dim,
+// C model width, V vocabulary, N rows (all leading dimensions flattened).
+//
+// To add a kernel: write its struct (fields, then FASTGPT_FIELDS with the same names), add one line to
+// FASTGPT_FOR_EACH_KERNEL, and implement `Status name(const Struct&)` in csrc/cpu/<op>.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "core/fields.h"
+
+namespace fastgpt {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+// What a kernel says when it returns. `at` and `value` carry the numbers that the error sentence needs.
+struct Status {
+  enum Code : int32_t {
+    ok = 0,
+    unsupported_dtype,
+    unsupported_shape,
+    out_of_memory,
+    bad_index,
+    not_finite,
+    empty_support
+  };
+  Code code = ok;
+  int64_t at = 0;     // where: a row, or an element
+  int64_t value = 0;  // what was found there
+};
+
+// y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over rows of C, where s = x + residual.
+struct LayerNormForward {
+  void* y;                // [N, C]
+  void* sum;              // [N, C] = x + residual; null when there is no residual
+  float* mean;            // [N]
+  float* rstd;            // [N] = 1 / sqrt(var + eps)
+  const void* x;          // [N, C]
+  const void* residual;   // [N, C] or null
+  const void* weight;     // [C] or null
+  const void* bias;       // [C] or null
+  int64_t rows, cols;
+  double eps;
+  DType dtype;            // of x, residual, sum, y
+  DType weight_dtype;     // of weight and bias
+  FASTGPT_FIELDS(y, sum, mean, rstd, x, residual, weight, bias, rows, cols, eps, dtype, weight_dtype)
+};
+
+// Gradients of LayerNormForward. `x` is the normalised input (the sum, when a residual was added).
+struct LayerNormBackward {
+  void* dx;               // [N, C]; also the gradient of the residual
+  void* dweight;          // [C] or null
+  void* dbias;            // [C] or null
+  const void* dy;         // [N, C]
+  const void* dsum;       // [N, C] gradient that reached the sum from elsewhere, or null
+  const void* x;          // [N, C]
+  const void* weight;     // [C] or null
+  const float* mean;      // [N]
+  const float* rstd;      // [N]
+  int64_t rows, cols;
+  DType dtype, weight_dtype;
+  FASTGPT_FIELDS(dx, dweight, dbias, dy, dsum, x, weight, mean, rstd, rows, cols, dtype, weight_dtype)
+};
+
+}  // namespace fastgpt
+
+// Every kernel: X(entry, parameters).
+#define FASTGPT_FOR_EACH_KERNEL(X)        \
+  X(layer_norm_forward, LayerNormForward) \
+  X(layer_norm_backward, LayerNormBackward)

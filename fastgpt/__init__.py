@@ -1,0 +1,12 @@
+"""fastgpt makes GPTs fast without changing what they compute.
+
+Fused kernels behind one set of operators (``fastgpt.ops``), each with a readable reference, and a thin GPT model,
+trainer and sampler that take every operator from there.
+"""
+
+from fastgpt import ops
+from fastgpt.ops.registry import FallbackError, explain, fallbacks, set_strict, strict
+
+__version__ = "0.1.0"
+
+__all__ = ["FallbackError", "__version__", "explain", "fallbacks", "ops", "set_strict", "strict"]

@@ -1,0 +1,21 @@
+"""The ``fastgpt`` command: one file here per subcommand, each with one function that this module registers."""
+
+from __future__ import annotations
+
+import typer
+
+from fastgpt.cli import doctor
+
+app = typer.Typer(
+    name="fastgpt",
+    help="Fused GPT kernels, and a thin GPT model, trainer and sampler on top of them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

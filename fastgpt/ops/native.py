@@ -1,0 +1,61 @@
+"""The door to the native core: loads ``fastgpt._C``, gives it torch's thread pool, picks the instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+try:
+    from fastgpt import _C
+except ImportError as error:  # pragma: no cover - only in a broken installation
+    raise ImportError(
+        f"fastgpt's native core is missing or does not load ({error}). Build it with `pip install .` "
+        "(in the source tree: `pip install -e .`)."
+    ) from error
+
+# What a kernel takes. The numbers are csrc/fastgpt.h's DType.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """The address that a kernel reads or writes; None stays None (a null pointer)."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def unsupported_dtype(*tensors: torch.Tensor | None) -> str | None:
+    """Why the CPU kernels do not take these tensors' dtypes, or None if they do."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"dtype {tensor.dtype} (CPU kernels take float32, bfloat16, float16)"
+    return None
+
+
+def _use_torch_threads() -> None:
+    """Gives the core torch's own pool: two pools that spin against each other ruin small operators."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    address = [
+        ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        for name in ("torch_parallel_for", "torch_get_num_threads")
+    ]
+    _C.set_parallel_functions(*address)
+
+
+def _choose_isa() -> None:
+    """Obeys FASTGPT_CPU_ISA, and refuses a level that this machine lacks."""
+    wanted = os.environ.get("FASTGPT_CPU_ISA")
+    if not wanted or _C.cpu.set_isa(wanted):
+        return
+    levels = {name: (needs, supported) for name, needs, supported in _C.cpu.isas()}
+    usable = ", ".join(name for name, (_, supported) in levels.items() if supported)
+    if wanted in levels:
+        raise ImportError(
+            f"FASTGPT_CPU_ISA={wanted} needs {levels[wanted][0]}, which this machine lacks; it has: {usable}"
+        )
+    raise ImportError(f"FASTGPT_CPU_ISA={wanted!r} is not a level of this build; allowed here: {usable}")
+
+
+_use_torch_threads()
+_choose_isa()

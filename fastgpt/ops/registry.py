@@ -1,0 +1,191 @@
+"""Who runs an operator: definitions, the table of owners, strict mode, and ``explain()``.
+
+An operator ``name`` is registered with torch as ``fastgpt::name``. Its last argument is the backend's name, so the choice is part
+of the graph that ``torch.compile`` sees. ``fastgpt::name_backward`` is an operator of its own and dispatches the same way.
+
+Registration goes through ``torch.library.Library`` (a Python function costs 2.5 us a call there; ``custom_op`` 14 to 31):
+the kernel call under CompositeExplicitAutograd, an ``autograd.Function`` that calls the operator below autograd under Autograd,
+and a fake for the Meta key and FakeTensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# The owner of every operator by device type, and why. Filled by `owner()` in each operator's file.
+_OWNERS: dict[tuple[str, str], tuple[str, str]] = {}
+# Backend implementations: _IMPLEMENTATIONS["layer_norm"]["cpu"] is called with the schema's arguments less the backend.
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+_FALLBACKS: Counter[tuple[str, str]] = Counter()
+_strict = os.environ.get("FASTGPT_STRICT", "0") not in ("", "0")
+
+_library = torch.library.Library("fastgpt", "DEF")
+
+
+class FallbackError(RuntimeError):
+    """Strict mode: a fused operator was asked for something that only the reference computes."""
+
+
+def define(
+    name: str,
+    schema: str,
+    backends: dict[str, Callable[..., Any]],
+    fake: Callable[..., Any],
+    autograd: type[torch.autograd.Function] | None = None,
+) -> Callable[..., Any]:
+    """Registers ``fastgpt::name`` and returns the function to call it by.
+
+    Args:
+        schema: arguments and results in torch's schema language, without the name and without the last argument
+            ``str backend``, which is added here: ``"(Tensor x, float eps) -> Tensor"``.
+        backends: one implementation per backend, called with the schema's arguments.
+        fake: shapes and dtypes of the results, from the schema's arguments.
+        autograd: its ``forward(ctx, *arguments, backend)`` must call ``below_autograd(op, ...)``. Without it the operator has
+            no derivative.
+    """
+    arguments, results = schema.split("->")
+    arguments = arguments.strip()[:-1].rstrip().removesuffix(",")
+    _library.define(f"{name}{arguments}{',' if not arguments.endswith('(') else ''} str backend) -> {results.strip()}")
+    _IMPLEMENTATIONS[name] = backends
+    op = getattr(torch.ops.fastgpt, name).default
+
+    def run(*args: Any) -> Any:
+        return _IMPLEMENTATIONS[name][args[-1]](*args[:-1])
+
+    def run_fake(*args: Any) -> Any:
+        return fake(*args[:-1])
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgpt::{name}", run_fake, lib=_library)
+
+    if autograd is not None:
+
+        def run_autograd(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+                return autograd.apply(*args)
+            return below_autograd(op, *args)
+
+        _library.impl(name, run_autograd, "Autograd")
+    return op
+
+
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator's kernel, past its Autograd registration."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def owner(name: str, device_type: str, backend: str, reason: str) -> None:
+    """States which backend owns an operator on a device type, and why."""
+    _OWNERS[name, device_type] = (backend, reason)
+
+
+def backends(name: str) -> tuple[str, ...]:
+    """The backends that implement operator ``name``."""
+    return tuple(_IMPLEMENTATIONS[name])
+
+
+def operators() -> tuple[str, ...]:
+    """The public operators, in alphabetical order."""
+    return tuple(sorted({name for name, _ in _OWNERS}))
+
+
+def resolve(name: str, requested: str | None, device: torch.device, refusal: str | None) -> str:
+    """The backend that will run this call.
+
+    Args:
+        requested: the caller's ``backend=``; None and ``"fused"`` mean the owner.
+        refusal: why the fused kernel cannot take these arguments, or None if it can.
+
+    Raises:
+        ValueError: an unknown backend.
+        NotImplementedError: a backend asked for by name that cannot take these arguments.
+        FallbackError: strict mode, and only the reference can.
+    """
+    chosen, reason = _OWNERS.get((name, device.type), ("reference", f"no fused kernel for device type {device.type}"))
+    if requested is not None and requested != "fused":
+        if requested not in ("reference", "torch", *_IMPLEMENTATIONS[name]):
+            allowed = ", ".join(repr(b) for b in ("fused", *_IMPLEMENTATIONS[name], "torch"))
+            raise ValueError(f"{name}: backend={requested!r} is unknown; allowed are {allowed}")
+        if requested in ("reference", "torch"):
+            return requested
+        if requested == "cpu" and device.type != "cpu":
+            raise NotImplementedError(f"{name}: backend='cpu' cannot take tensors on {device}")
+        if refusal is not None:
+            raise NotImplementedError(
+                f"{name}: backend={requested!r} does not take {refusal}; backend='reference' does"
+            )
+        return requested
+    if chosen != "reference" and refusal is None:
+        return chosen
+    why = refusal if refusal is not None else reason
+    if _strict:
+        raise FallbackError(f"{name}: the fused kernel does not take {why}, and strict mode refuses the reference")
+    _note_fallback(name, why)
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def _note_fallback(name: str, why: str) -> bool:
+    _FALLBACKS[name, why] += 1
+    return True
+
+
+def fallbacks() -> dict[tuple[str, str], int]:
+    """Every fallback to the reference in this process so far: (operator, reason) -> calls."""
+    return dict(_FALLBACKS)
+
+
+def set_strict(enabled: bool) -> None:
+    """Refuses (True) or allows (False, the default) fused operators to fall back to the reference. Also FASTGPT_STRICT=1."""
+    global _strict
+    _strict = bool(enabled)
+
+
+@contextlib.contextmanager
+def strict(enabled: bool = True) -> Iterator[None]:
+    """``with fastgpt.strict():`` refuses every fallback to the reference inside the block."""
+    before = _strict
+    set_strict(enabled)
+    try:
+        yield
+    finally:
+        set_strict(before)
+
+
+def explain(file: Any = None) -> None:
+    """Prints which backend owns each operator on this machine, why each other one does not, and past fallbacks."""
+    from fastgpt.ops.native import _C
+
+    lines = [
+        f"CPU kernels: {_C.cpu.isa()} of "
+        + ", ".join(f"{name}{'' if supported else ' (not on this machine)'}" for name, _, supported in _C.cpu.isas()),
+        f"CUDA: {_C.cuda.describe()}",
+        "",
+    ]
+    others = {
+        "cuda": "no CUDA kernel in this version; CUDA tensors go to the reference",
+        "triton": "no Triton kernel in this version",
+    }
+    width = max(map(len, operators()), default=0)
+    for name in operators():
+        for (op, device), (backend, reason) in sorted(_OWNERS.items()):
+            if op == name:
+                lines.append(f"{name:{width}}  {device:4} -> {backend}: {reason}")
+    lines += [
+        "",
+        "Not chosen, for every operator:",
+        "  reference: the readable formula; takes every dtype and option",
+    ]
+    lines += ["  torch: torch.nn.functional, the peer that benchmarks compare with"]
+    lines += [f"  {backend}: {why}" for backend, why in others.items()]
+    if _FALLBACKS:
+        lines += ["", "Fallbacks to the reference in this process:"]
+        lines += [f"  {name}: {count} x {why}" for (name, why), count in sorted(_FALLBACKS.items())]
+    print("\n".join(lines), file=file)
