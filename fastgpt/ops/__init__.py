@@ -1,8 +1,8 @@
 """The operators, one file each: schema, argument checks, reference, fake, autograd formula, backends.
 
-Every operator takes ``backend=None | "fused" | "cpu" | "reference" | "torch"``. ``None`` and ``"fused"`` choose the owner for
-the input's device (``fastgpt.explain()`` prints it); ``"reference"`` is the readable formula in plain PyTorch; ``"torch"`` is
-what torch.nn.functional itself does, the peer that benchmarks and tests compare with.
+Every operator takes ``backend=None | "fused" | "cpu" | "reference" | "torch"``. ``None`` and ``"fused"`` choose the
+owner for the input's device (``fastgpt.explain()`` prints it); ``"reference"`` is the readable formula in plain
+PyTorch; ``"torch"`` is what torch.nn.functional itself does, the peer that benchmarks and tests compare with.
 """
 
 from fastgpt.ops.layer_norm import layer_norm

@@ -65,7 +65,8 @@ def layer_norm(
     checks.floating("layer_norm", "input", input)
     if not normalized_shape or tuple(input.shape[-len(normalized_shape) :]) != normalized_shape:
         raise ValueError(
-            f"layer_norm: normalized_shape={normalized_shape} must be the last dimensions of input's shape {tuple(input.shape)}"
+            f"layer_norm: normalized_shape={normalized_shape} must be the last dimensions of input's shape "
+            f"{tuple(input.shape)}"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         checks.like("layer_norm", name, tensor, "input", input, float32_too=True)
@@ -272,7 +273,7 @@ class _LayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, sum, mean, rstd = registry.below_autograd(_op, x, residual, weight, bias, dims, eps, backend)
         ctx.save_for_backward(x if residual is None else sum, weight, mean, rstd)
-        ctx.bias, ctx.dims, ctx.backend = bias is not None, dims, backend
+        ctx.residual, ctx.bias, ctx.dims, ctx.backend = residual is not None, bias is not None, dims, backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, rstd)
         return y, sum, mean, rstd
@@ -280,13 +281,14 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        has_residual = ctx.needs_input_grad[1]
         if dy is None:  # only the sum was used
             dy = torch.zeros_like(x)
+        if not ctx.residual:  # the sum is a placeholder, and so is its gradient
+            dsum = None
         dx, dweight, dbias = _op_backward(dy, dsum, x, weight, mean, rstd, ctx.bias, ctx.dims, ctx.backend)
         return (
             dx,
-            dx if has_residual else None,
+            dx if ctx.residual else None,
             None if weight is None else dweight,
             dbias if ctx.bias else None,
             None,
@@ -297,7 +299,8 @@ class _LayerNorm(torch.autograd.Function):
 
 _op = registry.define(
     "layer_norm",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     {"reference": reference, "cpu": _cpu},
     _fake,
     _LayerNorm,

@@ -36,11 +36,11 @@ def unsupported_dtype(*tensors: torch.Tensor | None) -> str | None:
 def _use_torch_threads() -> None:
     """Gives the core torch's own pool: two pools that spin against each other ruin small operators."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    address = [
-        ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    loop, count = (
+        ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
         for name in ("torch_parallel_for", "torch_get_num_threads")
-    ]
-    _C.set_parallel_functions(*address)
+    )
+    _C.set_parallel_functions(loop, count)
 
 
 def _choose_isa() -> None:

@@ -1,11 +1,12 @@
 """Who runs an operator: definitions, the table of owners, strict mode, and ``explain()``.
 
-An operator ``name`` is registered with torch as ``fastgpt::name``. Its last argument is the backend's name, so the choice is part
-of the graph that ``torch.compile`` sees. ``fastgpt::name_backward`` is an operator of its own and dispatches the same way.
+An operator ``name`` is registered with torch as ``fastgpt::name``. Its last argument is the backend's name, so the
+choice is part of the graph that ``torch.compile`` sees. ``fastgpt::name_backward`` is an operator of its own and
+dispatches the same way.
 
-Registration goes through ``torch.library.Library`` (a Python function costs 2.5 us a call there; ``custom_op`` 14 to 31):
-the kernel call under CompositeExplicitAutograd, an ``autograd.Function`` that calls the operator below autograd under Autograd,
-and a fake for the Meta key and FakeTensor.
+Registration goes through ``torch.library.Library`` (a Python function costs 2.5 us a call there; ``custom_op`` 14 to
+31): the kernel call under CompositeExplicitAutograd, an ``autograd.Function`` that calls the operator below autograd
+under Autograd, and a fake for the Meta key and FakeTensor.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def define(
             ``str backend``, which is added here: ``"(Tensor x, float eps) -> Tensor"``.
         backends: one implementation per backend, called with the schema's arguments.
         fake: shapes and dtypes of the results, from the schema's arguments.
-        autograd: its ``forward(ctx, *arguments, backend)`` must call ``below_autograd(op, ...)``. Without it the operator has
-            no derivative.
+        autograd: its ``forward(ctx, *arguments, backend)`` must call ``below_autograd(op, ...)``. Without it the
+            operator has no derivative.
     """
     arguments, results = schema.split("->")
     arguments = arguments.strip()[:-1].rstrip().removesuffix(",")
@@ -143,7 +144,7 @@ def fallbacks() -> dict[tuple[str, str], int]:
 
 
 def set_strict(enabled: bool) -> None:
-    """Refuses (True) or allows (False, the default) fused operators to fall back to the reference. Also FASTGPT_STRICT=1."""
+    """Whether a fused operator may fall back to the reference: True refuses it. FASTGPT_STRICT=1 sets it at import."""
     global _strict
     _strict = bool(enabled)
 
