@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fastgpt.cli import doctor
+from fastgpt.cli import bench, doctor
 
 app = typer.Typer(
     name="fastgpt",
@@ -14,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:
