@@ -41,3 +41,13 @@ def shape(op: str, name: str, tensor: torch.Tensor | None, expected: Sequence[in
     """``tensor`` (if given) has exactly the ``expected`` shape, which ``meaning`` explains."""
     if tensor is not None and tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be {tuple(expected)} ({meaning})")
+
+
+def normalized_shape(op: str, given: Sequence[int], input: torch.Tensor) -> tuple[int, ...]:
+    """``given`` as a tuple, which is the non-empty tail of input's shape."""
+    wanted = tuple(given)
+    if not wanted or tuple(input.shape[-len(wanted) :]) != wanted:
+        raise ValueError(
+            f"{op}: normalized_shape={wanted} must be the last dimensions of input's shape {tuple(input.shape)}"
+        )
+    return wanted

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgpt.ops import checks, registry
 from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops.numerics import accumulate
 
 
 @overload
@@ -61,13 +62,8 @@ def layer_norm(
     Returns:
         The normalised tensor; with ``residual`` the pair (normalised, input + residual).
     """
-    normalized_shape = tuple(normalized_shape)
     checks.floating("layer_norm", "input", input)
-    if not normalized_shape or tuple(input.shape[-len(normalized_shape) :]) != normalized_shape:
-        raise ValueError(
-            f"layer_norm: normalized_shape={normalized_shape} must be the last dimensions of input's shape "
-            f"{tuple(input.shape)}"
-        )
+    normalized_shape = checks.normalized_shape("layer_norm", normalized_shape, input)
     for name, tensor in (("weight", weight), ("bias", bias)):
         checks.like("layer_norm", name, tensor, "input", input, float32_too=True)
         checks.shape("layer_norm", name, tensor, normalized_shape, "normalized_shape")
@@ -100,18 +96,13 @@ def torch_eager(
 # --- reference ---
 
 
-def _accumulate(x: Tensor) -> Tensor:
-    """To the dtype in which the reference computes: float64 stays, all else is float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def reference(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, sum, mean, rstd); mean and rstd have shape x.shape[:-dims] and the dtype of accumulation."""
     over = tuple(range(-dims, 0))
     sum = x if residual is None else x + residual
-    s = _accumulate(sum)
+    s = accumulate(sum)
     mean = s.mean(over, keepdim=True)
     centred = s - mean
     rstd = (centred.square().mean(over, keepdim=True) + eps).rsqrt()
@@ -140,8 +131,8 @@ def reference_backward(
     """
     over, rows = tuple(range(-dims, 0)), tuple(range(x.dim() - dims))
     shape = mean.shape + (1,) * dims
-    d = _accumulate(dy)
-    xhat = (_accumulate(x) - mean.reshape(shape)) * rstd.reshape(shape)
+    d = accumulate(dy)
+    xhat = (accumulate(x) - mean.reshape(shape)) * rstd.reshape(shape)
     g = d if weight is None else d * weight
     dx = rstd.reshape(shape) * (g - g.mean(over, keepdim=True) - xhat * (g * xhat).mean(over, keepdim=True))
     if dsum is not None:
