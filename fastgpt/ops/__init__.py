@@ -5,9 +5,10 @@ owner for the input's device (``fastgpt.explain()`` prints it); ``"reference"`` 
 PyTorch; ``"torch"`` is what torch.nn.functional itself does, the peer that benchmarks and tests compare with.
 """
 
+from fastgpt.ops.attention import attention
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.swiglu import swiglu
 
-__all__ = ["gelu", "layer_norm", "rms_norm", "swiglu"]
+__all__ = ["attention", "gelu", "layer_norm", "rms_norm", "swiglu"]
