@@ -1,0 +1,54 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv on its first run; the second run starts in seconds.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One job per core for the native build and the tests.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+
+NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow bench lint format doctor clean
+
+help: ## Show what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(READY) ## Train a GPT on English text with the fused kernels, then let it write
+	@$(BIN)/fastgpt demo
+
+test: $(READY) ## Run the tests (without those marked slow)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" --benchmark-disable
+
+test-slow: $(READY) ## Run the tests marked slow
+	$(BIN)/python -m pytest -q -m slow --benchmark-disable
+
+bench: $(READY) ## Time every operator and a training step against torch; writes results/
+	$(BIN)/fastgpt bench --results results
+
+lint: $(READY) ## Formatting, lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/mypy
+
+format: $(READY) ## Rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+doctor: $(READY) ## Print versions, instruction set, and which kernel runs what
+	@$(BIN)/fastgpt doctor
+
+clean: ## Remove the environment, builds and results (not runs/, where trained models lie)
+	rm -rf $(VENV) build dist results *.egg-info fastgpt/_C*.so
+
+# Rebuilt when a native source or the dependencies change; Python sources need nothing, the installation is editable.
+$(READY): pyproject.toml constraints.txt $(NATIVE)
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing the dependencies and building the native core (a few minutes the first time)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -c "from fastgpt.ops.native import _C; print('CUDA:', _C.cuda.describe() if _C.cuda.compiled else 'left out (nvcc was not found)')"
+	@touch $@
