@@ -50,5 +50,5 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 	@echo "Installing the dependencies and building the native core (a few minutes the first time)"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt torch
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	@$(BIN)/python -c "from fastgpt.ops.native import _C; print('CUDA:', _C.cuda.describe() if _C.cuda.compiled else 'left out (nvcc was not found)')"
+	@$(BIN)/python -c "from fastgpt.ops.native import cuda_summary; print('CUDA:', cuda_summary())"
 	@touch $@

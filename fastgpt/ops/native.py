@@ -33,6 +33,13 @@ def unsupported_dtype(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def cuda_summary() -> str:
+    """Whether this build holds CUDA code, for which architectures, and what GPU there is."""
+    if not _C.cuda.compiled:
+        return "left out (nvcc was not found when fastgpt was built, or FASTGPT_CUDA=off)"
+    return f"compiled in for {_C.cuda.architectures}; {_C.cuda.describe()}"
+
+
 def _use_torch_threads() -> None:
     """Gives the core torch's own pool: two pools that spin against each other ruin small operators."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -162,12 +162,12 @@ def strict(enabled: bool = True) -> Iterator[None]:
 
 def explain(file: Any = None) -> None:
     """Prints which backend owns each operator on this machine, why each other one does not, and past fallbacks."""
-    from fastgpt.ops.native import _C
+    from fastgpt.ops.native import _C, cuda_summary
 
     lines = [
         f"CPU kernels: {_C.cpu.isa()} of "
         + ", ".join(f"{name}{'' if supported else ' (not on this machine)'}" for name, _, supported in _C.cpu.isas()),
-        f"CUDA: {_C.cuda.describe()}",
+        f"CUDA: {cuda_summary()}",
         "",
     ]
     others = {

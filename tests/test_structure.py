@@ -1,0 +1,91 @@
+"""The house rules that a test can hold: imports run one way, and every operator has every slice."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt.ops import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module may import from its own layer and from the layers after it.
+LAYERS = [
+    ("fastgpt.cli", "fastgpt.__main__"),
+    ("fastgpt.training",),
+    ("fastgpt.generation",),
+    ("fastgpt.checkpoint", "fastgpt.metrics"),
+    ("fastgpt.model", "fastgpt.data"),
+    ("fastgpt.config", "fastgpt.optim", "fastgpt.tokenizers"),
+    ("fastgpt.ops",),
+    ("fastgpt.kernels", "fastgpt._C"),
+]
+
+
+def layer(module):
+    for index, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return index
+    return None
+
+
+def modules():
+    for path in sorted((ROOT / "fastgpt").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("module", "path"), [m for m in modules() if m[0] != "fastgpt"], ids=lambda v: str(v)[:40])
+def test_imports_run_one_way(module, path):
+    mine = layer(module)
+    assert mine is not None, f"{module} is in no layer: add it to LAYERS"
+    for name in imports(path):
+        theirs = layer(name)
+        assert theirs is None or theirs >= mine, f"{module} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("op", registry.operators())
+def test_every_operator_has_every_slice(op):
+    missing = [
+        str(path)
+        for path in (
+            Path(f"fastgpt/ops/{op}.py"),
+            Path(f"csrc/cpu/{op}.cpp"),
+            Path(f"tests/ops/test_{op}.py"),
+            Path(f"docs/ops/{op}.md"),
+            Path(f"benchmarks/{op}.py"),
+        )
+        if not (ROOT / path).exists()
+    ]
+    assert not missing
+    assert (op, "cpu") in registry._OWNERS
+    assert {"reference", "cpu"} <= set(registry.backends(op))
+
+
+def test_kernels_folder_does_not_shadow_the_package_of_that_name(tmp_path):
+    """Hugging Face's package `kernels` must win over our folder `kernels/`, from the root of the checkout too."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "fastgpt" / "kernels").is_symlink()
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("whose = 'theirs'")
+    result = subprocess.run(
+        [sys.executable, "-c", "import kernels, fastgpt.kernels; print(kernels.whose, fastgpt.kernels.__name__)"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},  # ours first: the worst case
+        text=True,
+        capture_output=True,
+    )
+    assert result.stdout.split() == ["theirs", "fastgpt.kernels"], result.stderr
