@@ -9,6 +9,7 @@ from fastgpt.ops.attention import attention
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.rms_norm import rms_norm
+from fastgpt.ops.sample import sample
 from fastgpt.ops.swiglu import swiglu
 
-__all__ = ["attention", "gelu", "layer_norm", "rms_norm", "swiglu"]
+__all__ = ["attention", "gelu", "layer_norm", "rms_norm", "sample", "swiglu"]
