@@ -1,4 +1,4 @@
-"""Installing with pip's own build isolation: a wheel, used from an empty folder, with and without a stranger's `kernels`."""
+"""Installing with pip's own build isolation: a wheel, used from an empty folder, next to a stranger's `kernels`."""
 
 import os
 import subprocess
