@@ -5,8 +5,21 @@ trainer and sampler that take every operator from there.
 """
 
 from fastgpt import ops
+from fastgpt.config import GPTConfig
+from fastgpt.model import GPT, KVCache
 from fastgpt.ops.registry import FallbackError, explain, fallbacks, set_strict, strict
 
 __version__ = "0.1.0"
 
-__all__ = ["FallbackError", "__version__", "explain", "fallbacks", "ops", "set_strict", "strict"]
+__all__ = [
+    "GPT",
+    "FallbackError",
+    "GPTConfig",
+    "KVCache",
+    "__version__",
+    "explain",
+    "fallbacks",
+    "ops",
+    "set_strict",
+    "strict",
+]
