@@ -8,11 +8,13 @@ from fastgpt import ops
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPT, KVCache
 from fastgpt.ops.registry import FallbackError, explain, fallbacks, set_strict, strict
+from fastgpt.optim import AdamW
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
+    "AdamW",
     "FallbackError",
     "GPTConfig",
     "KVCache",

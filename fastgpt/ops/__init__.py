@@ -5,11 +5,26 @@ owner for the input's device (``fastgpt.explain()`` prints it); ``"reference"`` 
 PyTorch; ``"torch"`` is what torch.nn.functional itself does, the peer that benchmarks and tests compare with.
 """
 
+from fastgpt.ops.adamw import adamw, grad_norm
 from fastgpt.ops.attention import attention
+from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.rms_norm import rms_norm
+from fastgpt.ops.rotary import rotary, rotary_tables
 from fastgpt.ops.sample import sample
 from fastgpt.ops.swiglu import swiglu
 
-__all__ = ["attention", "gelu", "layer_norm", "rms_norm", "sample", "swiglu"]
+__all__ = [
+    "adamw",
+    "attention",
+    "embedding",
+    "gelu",
+    "grad_norm",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+    "rotary_tables",
+    "sample",
+    "swiglu",
+]

@@ -1,0 +1,270 @@
+"""embedding: y[n, t] = weight[input[n, t]] + position_weight[offset + t]; the sum is optional.
+
+Shapes: N sequences (all leading dimensions of input), T tokens in each, C model width, V vocabulary, P positions.
+The gradient of a row of weight is the sum of its tokens' gradients in token order, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.ops import checks, positions, registry
+from fastgpt.ops.native import unsupported_dtype
+from fastgpt.ops.numerics import accumulate
+
+NO_PADDING = -1
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    position_weight: Tensor | None = None,
+    position_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Rows of ``weight`` for the tokens ``input``, as ``torch.nn.functional.embedding``; with learned positions added.
+
+    Args:
+        input: tokens, int64 or int32, of any shape; (..., T) with ``position_weight``.
+        weight: (V, C), float32, bfloat16, float16 (float64 on the reference).
+        padding_idx: this row gets no gradient; -V <= padding_idx < V.
+        max_norm, norm_type: rows used here whose ``norm_type``-norm exceeds ``max_norm`` are first scaled down to it,
+            in place.
+        scale_grad_by_freq: divides the gradient of a row by the number of its tokens in ``input``.
+        sparse: must be False, but with backend="torch".
+        position_weight: (P, C), of weight's dtype; its row ``position_offset + t`` is added to token t.
+        position_offset: an int, or an int64 tensor (B,) with one for each of input's first dimension.
+        backend: see ``fastgpt.ops``.
+
+    Returns:
+        (*input.shape, C) of weight's dtype.
+
+    Raises:
+        IndexError: a token outside the vocabulary, or a position outside ``position_weight``.
+        TypeError, ValueError: a dtype, device or shape that does not fit.
+    """
+    checks.floating("embedding", "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"embedding: weight has shape {tuple(weight.shape)}; it must be (V, C)")
+    if not isinstance(input, Tensor) or input.dtype not in (torch.int64, torch.int32):
+        kind = f"dtype {input.dtype}" if isinstance(input, Tensor) else f"type {type(input).__name__}"
+        raise TypeError(f"embedding: input has {kind}; it must be a Tensor of int64 or int32 tokens")
+    if input.device != weight.device:
+        raise ValueError(f"embedding: input is on {input.device}, but weight is on {weight.device}")
+    vocabulary, width = weight.shape
+    padding = NO_PADDING
+    if padding_idx is not None:
+        if not -vocabulary <= padding_idx < vocabulary:
+            raise ValueError(f"embedding: padding_idx={padding_idx}; it must be in [{-vocabulary}, {vocabulary})")
+        padding = padding_idx % vocabulary
+    starts, start = None, 0
+    if position_weight is not None:
+        checks.like("embedding", "position_weight", position_weight, "weight", weight)
+        if position_weight.dim() != 2 or position_weight.shape[1] != width:
+            raise ValueError(
+                f"embedding: position_weight has shape {tuple(position_weight.shape)}; it must be (P, {width})"
+            )
+        needed = 2 if isinstance(position_offset, Tensor) else 1
+        if input.dim() < needed:
+            raise ValueError(
+                f"embedding: input has shape {tuple(input.shape)}; position_weight needs (..., T), and a tensor "
+                "position_offset needs (B, ..., T)"
+            )
+        starts, start = positions.split(
+            "embedding",
+            "position_offset",
+            position_offset,
+            input,
+            "input",
+            input.shape[-1],
+            position_weight.shape[0],
+            "position_weight",
+        )
+    elif isinstance(position_offset, Tensor) or position_offset != 0:
+        raise ValueError("embedding: position_offset is given without position_weight")
+
+    chosen = registry.resolve("embedding", backend, weight.device, unsupported_dtype(weight))
+    if chosen == "torch":
+        y = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        return y if position_weight is None else y + _position_rows(position_weight, input, starts, start)
+    if sparse:
+        raise NotImplementedError(
+            f"embedding: backend={chosen!r} does not take sparse=True, its gradients are dense; backend='torch' does"
+        )
+    if max_norm is not None:
+        with torch.no_grad():
+            torch.embedding_renorm_(weight.detach(), input.contiguous(), max_norm, norm_type)
+    return _op(input, weight, position_weight, starts, start, padding, scale_grad_by_freq, chosen)
+
+
+def torch_eager(
+    input: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None,
+    starts: Tensor | None,
+    start: int,
+    padding: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """The same with torch.nn.functional."""
+    y = F.embedding(input, weight, None if padding == NO_PADDING else padding, scale_grad_by_freq=scale_grad_by_freq)
+    return y if position_weight is None else y + _position_rows(position_weight, input, starts, start)
+
+
+# --- reference ---
+
+
+def _position_rows(position_weight: Tensor, input: Tensor, starts: Tensor | None, start: int) -> Tensor:
+    """The rows of ``position_weight`` for input's tokens, broadcastable to (..., T, C)."""
+    length = input.shape[-1]
+    if starts is None:
+        return position_weight[start : start + length]
+    positions.in_range("embedding", "position_offset", starts, length, position_weight.shape[0], "position_weight")
+    rows = position_weight[starts[:, None] + torch.arange(length, device=input.device)]
+    return rows.reshape(input.shape[0], *(1,) * (input.dim() - 2), length, -1)
+
+
+def _check_tokens(input: Tensor, vocabulary: int) -> None:
+    bad = (input < 0) | (input >= vocabulary)
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise IndexError(
+            f"embedding: input{list(where) or ''} is {int(input[where])}; weight has tokens 0 to {vocabulary - 1}"
+        )
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None,
+    starts: Tensor | None,
+    start: int,
+    padding: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """``padding`` and ``scale_grad_by_freq`` concern only the gradient."""
+    _check_tokens(input, weight.shape[0])
+    y = weight[input]
+    return y if position_weight is None else y + _position_rows(position_weight, input, starts, start)
+
+
+def reference_backward(
+    dy: Tensor,
+    input: Tensor,
+    starts: Tensor | None,
+    start: int,
+    vocabulary: int,
+    positions: int,
+    padding: int,
+    scale_grad_by_freq: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dweight, dposition_weight); ``vocabulary`` = 0 or ``positions`` = 0 leaves that gradient out."""
+    width = dy.shape[-1]
+    dweight = dposition = dy.new_empty(0)
+    if vocabulary:
+        token, d = input.flatten().long(), accumulate(dy).reshape(-1, width)
+        if scale_grad_by_freq:
+            d = d / token.bincount(minlength=vocabulary)[token, None]
+        dweight = d.new_zeros(vocabulary, width).index_add_(0, token, d)
+        if padding != NO_PADDING:
+            dweight[padding] = 0
+        dweight = dweight.to(dy.dtype)
+    if positions:
+        length = input.shape[-1]
+        position = start + torch.arange(length, device=input.device)
+        if starts is not None:
+            position = position + starts.reshape(-1, *(1,) * (input.dim() - 1))
+        position = position.expand(input.shape).flatten()
+        d = accumulate(dy).reshape(-1, width)
+        dposition = d.new_zeros(positions, width).index_add_(0, position, d).to(dy.dtype)
+    return dweight, dposition
+
+
+# --- registration ---
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None,
+    starts: Tensor | None,
+    start: int,
+    padding: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    return weight.new_empty(*input.shape, weight.shape[1])
+
+
+def _fake_backward(
+    dy: Tensor,
+    input: Tensor,
+    starts: Tensor | None,
+    start: int,
+    vocabulary: int,
+    positions: int,
+    padding: int,
+    scale_grad_by_freq: bool,
+) -> tuple[Tensor, Tensor]:
+    none, width = dy.new_empty(0), dy.shape[-1]
+    return (
+        dy.new_empty(vocabulary, width) if vocabulary else none,
+        dy.new_empty(positions, width) if positions else none,
+    )
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        position_weight: Tensor | None,
+        starts: Tensor | None,
+        start: int,
+        padding: int,
+        scale_grad_by_freq: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(input, starts)
+        ctx.vocabulary = weight.shape[0]
+        ctx.positions = 0 if position_weight is None else position_weight.shape[0]
+        ctx.options = (padding, scale_grad_by_freq, backend)
+        ctx.start = start
+        return registry.below_autograd(
+            _op, input, weight, position_weight, starts, start, padding, scale_grad_by_freq, backend
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        input, starts = ctx.saved_tensors
+        vocabulary = ctx.vocabulary if ctx.needs_input_grad[1] else 0
+        positions = ctx.positions if ctx.needs_input_grad[2] else 0
+        dweight, dposition = _op_backward(dy, input, starts, ctx.start, vocabulary, positions, *ctx.options)
+        return None, dweight if vocabulary else None, dposition if positions else None, *(None,) * 5
+
+
+_op = registry.define(
+    "embedding",
+    "(Tensor input, Tensor weight, Tensor? position_weight, Tensor? starts, SymInt start, int padding,"
+    " bool scale_grad_by_freq) -> Tensor",
+    {"reference": reference},
+    _fake,
+    _Embedding,
+)
+_op_backward = registry.define(
+    "embedding_backward",
+    "(Tensor dy, Tensor input, Tensor? starts, SymInt start, SymInt vocabulary, SymInt positions, int padding,"
+    " bool scale_grad_by_freq) -> (Tensor, Tensor)",
+    {"reference": reference_backward},
+    _fake_backward,
+)
