@@ -40,14 +40,23 @@ def cuda_summary() -> str:
     return f"compiled in for {_C.cuda.architectures}; {_C.cuda.describe()}"
 
 
-def _use_torch_threads() -> None:
-    """Gives the core torch's own pool: two pools that spin against each other ruin small operators."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    loop, count = (
-        ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
-        for name in ("torch_parallel_for", "torch_get_num_threads")
-    )
+def _use_torch_threads() -> bool:
+    """Gives the core torch's own pool: two pools that spin against each other ruin small operators.
+
+    False where this torch has no such entry points; the core's own threads then do the work.
+    """
+    (path,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")
+    try:
+        library = ctypes.CDLL(str(path))
+        loop, count = (
+            ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+            for name in ("torch_parallel_for", "torch_get_num_threads")
+        )
+    except (OSError, AttributeError):
+        _C.set_own_threads(torch.get_num_threads())
+        return False
     _C.set_parallel_functions(loop, count)
+    return True
 
 
 def _choose_isa() -> None:
@@ -64,5 +73,5 @@ def _choose_isa() -> None:
     raise ImportError(f"FASTGPT_CPU_ISA={wanted!r} is not a level of this build; allowed here: {usable}")
 
 
-_use_torch_threads()
+torch_threads = _use_torch_threads()
 _choose_isa()

@@ -1,12 +1,6 @@
 """What every operator's suite shares: the error budget, memory layouts, and the checks of the registration.
 
-The budget (FlashAttention's rule). ``exact`` is torch's own computation in float64 on the inputs as rounded to the
-dtype under test, ``plain`` is torch's own in that dtype. A kernel may be off by at most twice what ``plain`` is off,
-plus one rounding of the output:
-
-    max|kernel - exact| <= 2 max|plain - exact| + u max|exact|,   u = eps / 2 of the output's dtype,
-
-where ``plain`` counts as at least one rounding off, u max|exact|: over a handful of elements it can be exact by luck.
+The budget is ``fastgpt.ops.accuracy``'s: at most twice plain torch's error in the same dtype, plus one rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import registry
+from fastgpt.ops.accuracy import error_and_budget
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Function = Callable[..., Any]  # run(backend, **tensors) -> Tensor or tuple of Tensors
@@ -56,24 +51,11 @@ def run_with_gradients(
 
 
 def assert_within_budget(what: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """``actual`` meets the budget of the module's docstring; NaN and infinities must stand where ``exact`` has them."""
+    """``actual`` has the shape, dtype and accuracy that it should; NaN and infinity only where ``exact`` has them."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, torch gives {plain.dtype}"
-    if not exact.numel():
-        return
-    # Where the dtype overflows, infinity is the right answer: compare with the exact value as the dtype holds it.
-    held = exact.to(actual.dtype).double()
-    finite = held.isfinite() & plain.isfinite()
-    ours = actual.double()
-    odd = ~finite
-    same = (ours == held) | (ours == plain.double()) | (ours.isnan() & (held.isnan() | plain.isnan()))
-    assert bool(same[odd].all()), f"{what}: NaN or infinity where float64 has none, or the other way round"
-    if not finite.any():
-        return
-    error = (ours - exact)[finite].abs().max().item()
-    rounding = torch.finfo(actual.dtype).eps / 2 * exact[finite].abs().max().item()
-    allowed = 2 * max((plain.double() - exact)[finite].abs().max().item(), rounding) + rounding
-    assert error <= allowed, f"{what}: error {error:.3e} is over the budget {allowed:.3e}"  # False for NaN as well
+    error, allowed = error_and_budget(actual, plain, exact)
+    assert error <= allowed, f"{what}: error {error:.3e} is over the budget {allowed:.3e}"
 
 
 def check(
