@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fastgpt.cli import bench, doctor
+from fastgpt.cli import bench, doctor, tokenize, train_tokenizer
 
 app = typer.Typer(
     name="fastgpt",
@@ -15,6 +15,8 @@ app = typer.Typer(
 )
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("tokenize")(tokenize.tokenize)
+app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
 
 
 def main() -> None:
