@@ -17,6 +17,12 @@ def floating(op: str, name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; allowed are float32, bfloat16, float16, float64")
 
 
+def same_device(op: str, name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """``tensor`` is where ``other`` is."""
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}")
+
+
 def like(
     op: str,
     name: str,
@@ -30,8 +36,7 @@ def like(
     if tensor is None:
         return
     floating(op, name, tensor)
-    if tensor.device != other.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}")
+    same_device(op, name, tensor, other_name, other)
     if tensor.dtype != other.dtype and not (float32_too and tensor.dtype == torch.float32):
         also = " or float32" if float32_too and other.dtype != torch.float32 else ""
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it must be {other.dtype}{also}, as {other_name} is")

@@ -82,6 +82,15 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def refuse_second_derivative(name: str) -> None:
+    """For an autograd.Function's backward: the operators differentiate once, and say so instead of losing a term."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name}: the fused gradient has no derivative of its own, so create_graph=True is not possible; "
+            "backend='torch' can be differentiated twice"
+        )
+
+
 def owner(name: str, device_type: str, backend: str, reason: str) -> None:
     """States which backend owns an operator on a device type, and why."""
     _OWNERS[name, device_type] = (backend, reason)

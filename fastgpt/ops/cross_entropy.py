@@ -1,0 +1,224 @@
+"""cross_entropy: loss = logsumexp(x) - x[target], with label smoothing (Szegedy et al., 2016) and z-loss (PaLM, 2022).
+
+Shapes: N rows (batch and positions), C classes. With e = label_smoothing and lse = logsumexp(x), a row that counts
+gives
+
+    loss = (1 - e) (lse - x[target]) + e (lse - mean(x)) + z_loss lse^2
+
+and a row whose target is ignore_index gives exactly 0, to the loss and to the gradient, whatever its logits hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction as legacy
+
+from fastgpt.ops import checks, registry
+from fastgpt.ops.losses import (
+    check_class_weight,
+    check_options,
+    check_shapes,
+    check_targets,
+    fake_loss,
+    row_scale,
+    unfused_options,
+)
+from fastgpt.ops.native import unsupported_dtype
+from fastgpt.ops.numerics import accumulate
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross entropy of logits and targets, as ``torch.nn.functional.cross_entropy``, with an optional z-loss.
+
+    The fused kernel takes class-index targets without class weights. Class weights and class-probability targets are
+    computed by torch itself, and count as a fallback to the reference.
+
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...); float32, bfloat16, float16 (float64 on the reference).
+        target: class indices (int64 or uint8) of shape (), (N,) or (N, d1, ...), each in [0, C) or ``ignore_index``;
+            or class probabilities of input's shape.
+        weight: (C,) a weight for each class.
+        size_average, reduce: deprecated by torch in favour of ``reduction``, which they override with a warning.
+        ignore_index: rows with this target count neither in the loss nor in the mean.
+        reduction: "none", "mean" (over the rows that count; with class weights the weighted mean) or "sum".
+        label_smoothing: in [0, 1]; the share of the target that is spread evenly over all classes.
+        z_loss: adds ``z_loss * logsumexp(logits)**2`` to each row that counts, reduced over the same denominator.
+        backend: see ``fastgpt.ops``.
+
+    Returns:
+        A scalar, or with reduction="none" one loss per target, in input's dtype. The mean over no rows that
+        count is NaN, with zero gradients, as in torch.
+
+    Raises:
+        IndexError: a target outside [0, C) that is not ``ignore_index``; names the row and the value.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy.legacy_get_string(size_average, reduce)
+    check_options("cross_entropy", reduction, label_smoothing, z_loss)
+    checks.floating("cross_entropy", "input", input)
+    probabilities = check_shapes("cross_entropy", input.shape, target)
+    checks.same_device("cross_entropy", "target", target, "input", input)
+    if probabilities and ignore_index >= 0:
+        raise ValueError(
+            f"cross_entropy: ignore_index={ignore_index} means nothing to targets that are class probabilities"
+        )
+    classes = input.shape[min(1, input.dim() - 1)]
+    check_class_weight("cross_entropy", weight, input, classes, probabilities)
+
+    unfused = unfused_options(weight, probabilities)
+    chosen = registry.resolve("cross_entropy", backend, input.device, unfused or unsupported_dtype(input))
+    if chosen == "torch" or unfused:
+        return torch_eager(input, target, weight, ignore_index, reduction, label_smoothing, z_loss)
+    rows = input.movedim(1, -1).flatten(0, -2) if input.dim() > 2 else input.reshape(-1, input.shape[-1])
+    loss, *_ = _op(rows, target.flatten().long(), reduction, ignore_index, label_smoothing, z_loss, chosen)
+    if reduction != "none":
+        return loss
+    return loss.reshape(() if input.dim() == 1 else target.shape)
+
+
+def torch_eager(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The same with torch.nn.functional."""
+    loss = F.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if not z_loss:
+        return loss
+    z = z_loss * input.logsumexp(min(1, input.dim() - 1)).square()
+    count: Tensor | int = z.numel()
+    if target.shape != input.shape:
+        counts = target.reshape(z.shape) != ignore_index
+        z = z.where(counts, 0)
+        count = counts.sum() if weight is None else weight[target[target != ignore_index].long()].sum()
+    if reduction == "none":
+        return loss + z
+    return loss + (z.sum() if reduction == "sum" else z.sum() / count)
+
+
+# --- reference ---
+
+
+def reference(
+    x: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, maximum, log_sum, total) of logits x (N, C) and targets (N,).
+
+    For each row logsumexp(x) = maximum + log_sum. The two are kept apart because their sum, once rounded, would cost
+    the gradient its accuracy where logits are large. ``total`` is the number of rows that count.
+    """
+    check_targets("cross_entropy", target, x.shape[1], ignore_index)
+    counts = target != ignore_index
+    logits = accumulate(x)
+    maximum = logits.amax(1)
+    log_sum = (logits - maximum[:, None]).exp().sum(1).log()
+    log_p = logits - maximum[:, None] - log_sum[:, None]
+    loss = -(1 - label_smoothing) * log_p.gather(1, target.where(counts, 0)[:, None])[:, 0]
+    if label_smoothing:
+        loss = loss - label_smoothing * log_p.mean(1)
+    loss = loss + z_loss * (maximum + log_sum).square()
+    loss = loss.where(counts, 0)
+    total = counts.sum(dtype=loss.dtype)
+    if reduction != "none":
+        loss = loss.sum() / (total if reduction == "mean" else 1)
+    return loss.to(x.dtype), maximum.where(counts, 0), log_sum.where(counts, 0), total
+
+
+def reference_backward(
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    total: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """dx. With p = softmax(x) and q = (1 - e) onehot(target) + e / C, the smoothed target:
+
+    dx = g (p (1 + 2 z_loss lse) - q), where g is the gradient that reaches the row's loss.
+    """
+    counts = (target != ignore_index)[:, None]
+    p = (accumulate(x) - maximum[:, None] - log_sum[:, None]).exp()
+    q = F.one_hot(target.where(counts[:, 0], 0), x.shape[1]) * (1 - label_smoothing) + label_smoothing / x.shape[1]
+    g = row_scale(dloss, total, reduction).reshape(-1, 1)
+    dx = g * (p * (1 + 2 * z_loss * (maximum + log_sum)[:, None]) - q)
+    return dx.where(counts, 0).to(x.dtype)
+
+
+# --- registration ---
+
+
+def _fake(
+    x: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_loss(x, reduction)
+
+
+def _fake_backward(dloss: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.options = (reduction, ignore_index, label_smoothing, z_loss, backend)
+        loss, *saved = registry.below_autograd(_op, x, target, *ctx.options)
+        ctx.save_for_backward(x, target, *saved)
+        ctx.mark_non_differentiable(*saved)
+        return (loss, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        registry.refuse_second_derivative("cross_entropy")
+        return _op_backward(dloss, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+
+
+_OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss"
+_op = registry.define(
+    "cross_entropy",
+    f"(Tensor x, Tensor target, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    {"reference": reference},
+    _fake,
+    _CrossEntropy,
+)
+_op_backward = registry.define(
+    "cross_entropy_backward",
+    f"(Tensor dloss, Tensor x, Tensor target, Tensor maximum, Tensor log_sum, Tensor total, {_OPTIONS}) -> Tensor",
+    {"reference": reference_backward},
+    _fake_backward,
+)
+registry.owner("cross_entropy", "cpu", "reference", "its CPU kernel is not in this build")

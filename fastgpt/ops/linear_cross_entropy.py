@@ -1,0 +1,322 @@
+"""linear_cross_entropy: cross_entropy(input @ linear_weight.T + linear_bias, target), without the logits in memory.
+
+Shapes: N rows (batch and positions), K input features, C classes. The N x C logits exist one chunk of rows at a time
+(the idea of Liger Kernel, 2024, and Cut Cross-Entropy, 2024). Which path does what:
+
+- no gradient wanted: each chunk of logits is reduced to its rows' losses and dropped;
+- "mean" and "sum": the gradient of every row's loss is known up to the one factor that arrives in the backward, so the
+  forward turns each chunk into its gradient in place and sums dinput, dlinear_weight and dlinear_bias then and there
+  (three GEMMs, as without chunks). The backward multiplies them by that factor;
+- "none", or a second backward through a retained graph: each row has a factor of its own, so the backward computes
+  the chunks again from the saved maximum and log_sum of each row (a fourth GEMM).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.ops import checks, registry
+from fastgpt.ops.cross_entropy import reference as cross_entropy_reference
+from fastgpt.ops.cross_entropy import reference_backward as cross_entropy_reference_backward
+from fastgpt.ops.cross_entropy import torch_eager as cross_entropy_torch_eager
+from fastgpt.ops.losses import (
+    check_class_weight,
+    check_options,
+    check_shapes,
+    check_targets,
+    fake_loss,
+    unfused_options,
+)
+from fastgpt.ops.native import unsupported_dtype
+from fastgpt.ops.numerics import accumulate
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The cross entropy of a linear layer's output, as ``torch.nn.functional.linear_cross_entropy`` (torch >= 2.13).
+
+    The fused kernel takes a (C, in_features) ``linear_weight`` and class-index targets without class weights. What else
+    torch's function takes is computed by torch itself, and counts as a fallback to the reference.
+
+    Args:
+        input: (in_features,) or (N, in_features); also (..., in_features) where target is (...).
+            float32, bfloat16, float16 (float64 on the reference).
+        linear_weight: (C, in_features), or (C, d1, ..., in_features) for a loss at each of d1 x ... positions.
+        target: class indices (int64 or uint8) of shape (), (N,) or (N, d1, ...), each in [0, C) or ``ignore_index``;
+            or class probabilities of the logits' shape.
+        linear_bias: linear_weight's shape without in_features.
+        weight, reduction, label_smoothing, z_loss: as in ``fastgpt.ops.cross_entropy``.
+        ignore_index: None is -100. The fused kernel skips the rows it ignores: they cost nothing.
+        options: torch.nn.LinearCrossEntropyOptions, torch's own chunking strategy. It changes no result and is not
+            consulted here: the fused kernel always works in chunks, of its own choice.
+        backend: see ``fastgpt.ops``.
+
+    Returns:
+        A scalar, or with reduction="none" one loss per target, in input's dtype.
+
+    Raises:
+        IndexError: a target outside [0, C) that is not ``ignore_index``; names the row and the value.
+    """
+    op = "linear_cross_entropy"
+    check_options(op, reduction, label_smoothing, z_loss)
+    checks.floating(op, "input", input)
+    checks.like(op, "linear_weight", linear_weight, "input", input)
+    checks.like(op, "linear_bias", linear_bias, "input", input)
+    if options is not None and not isinstance(options, getattr(torch.nn, "LinearCrossEntropyOptions", ())):
+        raise TypeError(f"{op}: options must be torch.nn.LinearCrossEntropyOptions, not {type(options).__name__}")
+    if linear_weight.dim() < 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[-1]:
+        raise ValueError(
+            f"{op}: linear_weight has shape {tuple(linear_weight.shape)}; it must be (C, in_features) or "
+            f"(C, d1, ..., in_features), with input's last dimension as in_features (input is {tuple(input.shape)})"
+        )
+    classes, *positions, features = linear_weight.shape
+    checks.shape(op, "linear_bias", linear_bias, linear_weight.shape[:-1], "linear_weight's shape without in_features")
+    if positions and input.dim() != 2:
+        raise ValueError(
+            f"{op}: input has shape {tuple(input.shape)}; with linear_weight of shape {tuple(linear_weight.shape)} "
+            f"it must be (N, {features})"
+        )
+    if input.dim() > 2:
+        if not isinstance(target, Tensor) or target.shape != input.shape[:-1]:
+            found = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise ValueError(
+                f"{op}: target is {found}; with input of shape {tuple(input.shape)} it must hold class indices of "
+                f"shape {tuple(input.shape[:-1])}"
+            )
+        logits = torch.Size((target.numel(), classes))
+        probabilities = check_shapes(op, logits, target.flatten())
+    else:
+        logits = torch.Size((*input.shape[:-1], classes, *positions))
+        probabilities = check_shapes(op, logits, target)
+    checks.same_device(op, "target", target, "input", input)
+    check_class_weight(op, weight, input, classes, probabilities)
+    if probabilities and ignore_index is not None:
+        raise ValueError(f"{op}: ignore_index={ignore_index} means nothing to targets that are class probabilities")
+    ignore_index = -100 if ignore_index is None else ignore_index
+
+    unfused = unfused_options(weight, probabilities) or ("linear_weight of more than 2 dimensions" * bool(positions))
+    chosen = registry.resolve(op, backend, input.device, unfused or unsupported_dtype(input))
+    if chosen == "torch" or unfused:
+        return torch_eager(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, z_loss
+        )
+    rows = input.reshape(-1, features)
+    options_of_rows = (reduction, ignore_index, label_smoothing, z_loss, chosen)
+    loss, *_ = _op(rows, linear_weight, linear_bias, target.flatten().long(), *options_of_rows)
+    return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
+
+
+def torch_eager(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The same with torch.nn.functional: linear, then cross_entropy."""
+    classes, *positions, features = linear_weight.shape
+    bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = F.linear(input, linear_weight.reshape(-1, features), bias)
+    if input.dim() > 2:
+        loss = cross_entropy_torch_eager(
+            logits.reshape(-1, classes), target.flatten(), weight, ignore_index, reduction, label_smoothing, z_loss
+        )
+        return loss.reshape(target.shape) if reduction == "none" else loss
+    logits = logits.reshape(*input.shape[:-1], classes, *positions)
+    return cross_entropy_torch_eager(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss)
+
+
+# --- reference ---
+
+
+def _logits(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return F.linear(accumulate(x), accumulate(w), None if b is None else accumulate(b))
+
+
+def reference(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, maximum, log_sum, total) for x (N, K), w (C, K), b (C,), targets (N,); see cross_entropy's reference."""
+    check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
+    loss, maximum, log_sum, total = cross_entropy_reference(
+        _logits(x, w, b), target, reduction, ignore_index, label_smoothing, z_loss
+    )
+    return loss.to(x.dtype), maximum, log_sum, total
+
+
+def reference_gradients(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``reference``'s results and the gradients (dx, dw, db) of the loss; of those not ``wanted``, an empty tensor."""
+    options = (reduction, ignore_index, label_smoothing, z_loss)
+    loss, maximum, log_sum, total = reference(x, w, b, target, *options)
+    dx, dw, db = reference_backward(torch.ones_like(loss), x, w, b, target, maximum, log_sum, total, *options, wanted)
+    return loss, maximum, log_sum, total, dx, dw, db
+
+
+def reference_backward(
+    dloss: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    total: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With g = d loss / d logits: dx = g @ w, dw = g.T @ x, db = sum of g over rows."""
+    g = cross_entropy_reference_backward(
+        dloss,
+        _logits(x, w, b),
+        target,
+        maximum,
+        log_sum,
+        total,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+    )
+    dx, dw, db = _empty_gradients(x, w, b, wanted)
+    if wanted[0]:
+        dx = (g @ accumulate(w)).to(x.dtype)
+    if wanted[1]:
+        dw = (g.T @ accumulate(x)).to(w.dtype)
+    if wanted[2]:
+        db = g.sum(0).to(w.dtype)
+    return dx, dw, db
+
+
+def _empty_gradients(x: Tensor, w: Tensor, b: Tensor | None, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for dx, dw and db; an empty tensor for one that is not wanted."""
+    shapes = (x.shape, w.shape, w.shape[:1])
+    dx, dw, db = (x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+    return dx, dw, db
+
+
+# --- registration ---
+
+
+def _fake(
+    x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, reduction: str, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_loss(x, reduction)
+
+
+def _fake_gradients(
+    x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, reduction: str, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return *fake_loss(x, reduction), *_empty_gradients(x, w, b, options[-1])
+
+
+def _fake_backward(
+    dloss: Tensor, x: Tensor, w: Tensor, b: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, w, b, options[-1])
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        target: Tensor,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        options = (reduction, ignore_index, label_smoothing, z_loss)
+        ctx.wanted = list(ctx.needs_input_grad[:3])
+        ctx.gradients = None
+        if reduction == "none":
+            loss, *saved = registry.below_autograd(_op, x, w, b, target, *options, backend)
+        else:
+            loss, *rest = _op_gradients(x, w, b, target, *options, ctx.wanted, backend)
+            saved, ctx.gradients = rest[:3], rest[3:]
+        ctx.save_for_backward(x, w, b, target, *saved)
+        ctx.options = (*options, ctx.wanted, backend)
+        ctx.mark_non_differentiable(*saved)
+        return (loss, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        registry.refuse_second_derivative("linear_cross_entropy")
+        # The first backward gives the gradients away, so that they are scaled in place instead of in a second copy of
+        # linear_weight's size. One that comes later, through a retained graph, computes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = _op_backward(dloss, *ctx.saved_tensors, *ctx.options)
+        else:
+            for gradient in gradients:
+                gradient.mul_(dloss)
+        wanted = (gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True))
+        return *wanted, None, None, None, None, None, None
+
+
+_TENSORS = "Tensor x, Tensor w, Tensor? b, Tensor target"
+_OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss"
+_op = registry.define(
+    "linear_cross_entropy",
+    f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    {"reference": reference},
+    _fake,
+    _LinearCrossEntropy,
+)
+_op_gradients = registry.define(
+    "linear_cross_entropy_gradients",
+    f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"reference": reference_gradients},
+    _fake_gradients,
+)
+_op_backward = registry.define(
+    "linear_cross_entropy_backward",
+    f"(Tensor dloss, {_TENSORS}, Tensor maximum, Tensor log_sum, Tensor total, {_OPTIONS}, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
+    {"reference": reference_backward},
+    _fake_backward,
+)
+registry.owner("linear_cross_entropy", "cpu", "reference", "its CPU kernel is not in this build")
