@@ -18,8 +18,9 @@ help: ## Show what there is
 demo: $(READY) ## Train a GPT on English text with the fused kernels, then let it write
 	@$(BIN)/fastgpt demo
 
+# Passive: threads that wait must not take the core from the test process beside them.
 test: $(READY) ## Run the tests (without those marked slow)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" --benchmark-disable
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" --benchmark-disable
 
 test-slow: $(READY) ## Run the tests marked slow
 	$(BIN)/python -m pytest -q -m slow --benchmark-disable
@@ -46,6 +47,7 @@ clean: ## Remove the environment, builds and results (not runs/, where trained m
 
 # Rebuilt when a native source or the dependencies change; Python sources need nothing, the installation is editable.
 $(READY): pyproject.toml constraints.txt $(NATIVE)
+	@command -v c++ g++ clang++ >/dev/null || { echo "A C++ compiler is needed (on Debian or Ubuntu: apt install g++)"; exit 1; }
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing the dependencies and building the native core (a few minutes the first time)"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt torch

@@ -84,13 +84,6 @@ def test_threads_are_torch_s(restore_threads):
         assert _C.thread_count() == threads
 
 
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_own_loop_without_torch_gives_the_same_bits():
     """Another process, since the pool is set once at import."""
     code = """

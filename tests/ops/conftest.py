@@ -18,14 +18,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def restore_threads():
-    """Lets a test change the thread count."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=[name for name, _, supported in _C.cpu.isas() if supported])
 def isa(request):
     """Each instruction-set level that this machine has."""
