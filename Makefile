@@ -47,7 +47,7 @@ clean: ## Remove the environment, builds and results (not runs/, where trained m
 
 # Rebuilt when a native source or the dependencies change; Python sources need nothing, the installation is editable.
 $(READY): pyproject.toml constraints.txt $(NATIVE)
-	@command -v c++ g++ clang++ >/dev/null || { echo "A C++ compiler is needed (on Debian or Ubuntu: apt install g++)"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "A C++ compiler is needed (on Debian or Ubuntu: apt install g++)"; exit 1; }
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing the dependencies and building the native core (a few minutes the first time)"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt torch
