@@ -6,6 +6,7 @@ trainer and sampler that take every operator from there.
 
 from fastgpt import ops
 from fastgpt.config import GPTConfig
+from fastgpt.generation import Generation, generate
 from fastgpt.model import GPT, KVCache
 from fastgpt.ops.registry import FallbackError, explain, fallbacks, set_strict, strict
 from fastgpt.optim import AdamW
@@ -17,10 +18,12 @@ __all__ = [
     "AdamW",
     "FallbackError",
     "GPTConfig",
+    "Generation",
     "KVCache",
     "__version__",
     "explain",
     "fallbacks",
+    "generate",
     "ops",
     "set_strict",
     "strict",
