@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastgpt.data import (
@@ -269,7 +269,7 @@ class TestTokenFile:
         texts = [[i, i] for i in range(100)]
         file = write_tokens(tmp_path / "a.bin", texts, 100, validation_fraction=0.2, seed=1)
         train, validation = file.split()
-        assert 8 <= len(validation) // 2 <= 32  # binomial(100, 0.2): three standard deviations
+        assert 19 <= len(validation) // 2 <= 21
         for part in (train, validation):
             pairs = part.tokens.reshape(-1, 2)
             assert (pairs[:, 0] == pairs[:, 1]).all()
@@ -279,6 +279,22 @@ class TestTokenFile:
         other = write_tokens(tmp_path / "c.bin", texts, 100, validation_fraction=0.2, seed=2)
         assert again.sha256 == file.sha256 != other.sha256
         assert not list(tmp_path.glob("*tmp*"))
+
+    @given(
+        lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+        fraction=st.floats(0.05, 0.95),
+        seed=st.integers(0, 99),
+    )
+    def test_the_share_is_right_to_a_document(
+        self, lengths: list[int], fraction: float, seed: int, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        share = fraction * sum(lengths)
+        assume(max(lengths) < share < sum(lengths) - max(lengths))  # no side can come out empty
+        texts = [[0] * length for length in lengths]
+        path = tmp_path_factory.getbasetemp() / "share.bin"
+        train, validation = write_tokens(path, texts, 1, validation_fraction=fraction, seed=seed).split()
+        assert len(train) + len(validation) == sum(lengths)
+        assert abs(len(validation) - share) <= max(lengths)
 
     def test_split_off_the_tail(self, tmp_path: Path) -> None:
         train, validation = write(tmp_path / "a.bin", range(100)).split(0.1)

@@ -50,8 +50,8 @@ def write_tokens(
         documents: the ids of each document, as ``encode_documents`` gives them.
         vocab_size: every id must be below it.
         tokenizer_info: ``Tokenizer.describe()``, kept in the description.
-        validation_fraction: the chance of each document, in [0, 1), to be set aside for validation, whole. These
-            stand behind the others, and ``TokenFile.split`` parts them again.
+        validation_fraction: the share of the tokens, in [0, 1), to set aside for validation, in whole documents
+            drawn at random. They stand behind the others, and ``TokenFile.split`` parts them again.
         seed: of that draw; the same seed and documents give the same file.
 
     Raises:
@@ -69,8 +69,11 @@ def write_tokens(
     with atomic_write(path, binary=True) as file, tempfile.TemporaryFile(dir=path.parent) as validation:
         number = 0
         for number, ids in enumerate(documents, start=1):
-            side = validation if draw.random() < validation_fraction else file
-            side.write(_as_bytes(ids, vocab_size, _DTYPES[dtype], number))
+            data = _as_bytes(ids, vocab_size, _DTYPES[dtype], number)
+            # What validation lacks, if this document is counted too, makes the chance: it cannot drift off its share.
+            lacking = validation_fraction * (file.tell() + validation.tell() + len(data)) - validation.tell()
+            side = validation if draw.random() * len(data) < lacking else file
+            side.write(data)
         train_size = file.tell()
         if train_size + validation.tell() == 0:
             raise ValueError(f"there are no tokens to write to {path}")

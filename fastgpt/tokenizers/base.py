@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 CONFIG_NAME = "tokenizer_config.json"
 
 # Python's "surrogateescape" error handler turns each byte that is not UTF-8 (0x80..0xff) into U+DC80..U+DCFF.
-_RAW_BYTES = "[\udc80-\udcff]+"
+_RAW_BYTES = re.compile("([\udc80-\udcff]+)")
 _OTHER_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
@@ -53,10 +53,7 @@ class Tokenizer(ABC):
         self._byte_ids = _single_byte_ids(self._table, special_ids=set(self.special_tokens.values()))
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         specials = "|".join(map(re.escape, longest_first))
-        self._not_ordinary = {  # what to cut out of the text, by allowed_special
-            False: re.compile(f"({_RAW_BYTES})"),
-            True: re.compile(f"({_RAW_BYTES}|{specials})"),
-        }
+        self._raw_or_special = re.compile(f"([\udc80-\udcff]+|{specials})")
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +85,8 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Iterable[str | bytes], *, allowed_special: bool = False) -> list[list[int]]:
         """``encode`` of each text; a tokenizer may share the work among threads."""
         # Odd parts are what the pattern's group matched; even parts are the ordinary text between.
-        split = [self._not_ordinary[allowed_special].split(_as_str(text)) for text in texts]
+        cut = self._raw_or_special if allowed_special else _RAW_BYTES
+        split = [cut.split(_as_str(text)) for text in texts]
         ordinary = iter(self._encode_ordinary([part for parts in split for part in parts[::2]]))
         return [
             list(
