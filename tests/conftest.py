@@ -1,7 +1,11 @@
 import os
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("fastgpt", deadline=None)  # tests do not time
+hypothesis.settings.load_profile("fastgpt")
 
 
 def pytest_configure(config):
