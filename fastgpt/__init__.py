@@ -10,6 +10,8 @@ from fastgpt.generation import Generation, generate
 from fastgpt.model import GPT, KVCache
 from fastgpt.ops.registry import FallbackError, explain, fallbacks, set_strict, strict
 from fastgpt.optim import AdamW
+from fastgpt.train_config import TrainConfig
+from fastgpt.training import Trainer
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,8 @@ __all__ = [
     "GPTConfig",
     "Generation",
     "KVCache",
+    "TrainConfig",
+    "Trainer",
     "__version__",
     "explain",
     "fallbacks",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +32,49 @@ def atomic_write(path: str | os.PathLike[str], *, binary: bool = False) -> Itera
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Opens a new folder that takes the name ``path`` only once all the files in it are complete and on the disk.
+
+    As ``atomic_write``, for a folder of files (without sub-folders). A folder at ``path`` is replaced; since no file
+    system renames one over another, it is first set aside as ``path`` + ".previous", and deleted when the new one is in
+    its place. Killed between the two renames, that is where it is.
+
+    Raises:
+        OSError: the folder cannot be written; names ``path``.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    aside = path.with_name(f"{path.name}.previous")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if aside.exists():
+                os.rename(aside, path)
+            raise
+        _sync(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and str(error.filename or temporary).startswith(str(temporary)):
+            error.filename = str(path) + str(error.filename or temporary).removeprefix(str(temporary))
         raise
 
 
@@ -54,8 +93,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

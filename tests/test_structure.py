@@ -17,9 +17,9 @@ LAYERS = [
     ("fastgpt.cli", "fastgpt.__main__"),
     ("fastgpt.training",),
     ("fastgpt.generation",),
-    ("fastgpt.checkpoint", "fastgpt.metrics"),
+    ("fastgpt.checkpoint", "fastgpt.metrics", "fastgpt.progress", "fastgpt.interrupt"),
     ("fastgpt.model", "fastgpt.data"),
-    ("fastgpt.config", "fastgpt.optim", "fastgpt.tokenizers"),
+    ("fastgpt.config", "fastgpt.train_config", "fastgpt.optim", "fastgpt.tokenizers"),
     ("fastgpt.ops",),
     ("fastgpt.kernels", "fastgpt._C", "fastgpt.files"),
 ]

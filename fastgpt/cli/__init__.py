@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fastgpt.cli import bench, doctor, tokenize, train_tokenizer
+from fastgpt.cli import bench, demo, doctor, tokenize, train, train_tokenizer
 
 app = typer.Typer(
     name="fastgpt",
@@ -13,6 +13,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
+app.command("train")(train.train)
+app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("tokenize")(tokenize.tokenize)

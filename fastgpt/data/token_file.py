@@ -146,6 +146,11 @@ class TokenFile:
         part = f"{self.start}:{self.start + len(self)}"
         return f"TokenFile({str(self.path)!r}, tokens {part}, vocab_size={self.vocab_size})"
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether ``write_tokens`` set documents aside for validation, so that ``split`` needs no fraction."""
+        return self._train_count < len(self)
+
     def split(self, validation_fraction: float | None = None) -> tuple[TokenFile, TokenFile]:
         """The training part and the validation part, both views of this file.
 
