@@ -364,8 +364,8 @@ class KVCache:
                 f"KVCache: batch={batch} must be at least 1, max_length={max_length} from 1 to {c.context}, the context"
             )
         shape = (c.layers, batch, c.kv_heads, max_length, c.head_dim)
-        self.keys = list(weight.new_empty(shape).detach())
-        self.values = list(weight.new_empty(shape).detach())
+        self.keys = list(weight.detach().new_zeros(shape))
+        self.values = list(weight.detach().new_zeros(shape))
         self.max_length = max_length
         self.lengths = [0] * batch
 
@@ -374,7 +374,7 @@ class KVCache:
         used = max(self.lengths[row] for row in rows)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_empty((len(rows), *old.shape[1:]))
+                tensors[layer] = old.new_zeros((len(rows), *old.shape[1:]))
                 tensors[layer][:, :, :used] = old[list(rows), :, :used]
         self.lengths = [self.lengths[row] for row in rows]
 
