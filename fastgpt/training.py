@@ -154,9 +154,9 @@ class Trainer:
         if tensorboard and out is None:
             raise ValueError("Trainer: tensorboard=True needs out, the folder to write into")
         self.model = model.to(DTYPES[config.dtype])
-        if config.micro_batch_size is not None:
+        if config.micro_batch_size is not None and config.dtype == "bfloat16":
             for parameter in self.model.parameters():
-                parameter.grad_dtype = torch.float32  # bfloat16 would round once more with every micro-batch
+                parameter.grad_dtype = torch.float32  # or every micro-batch would round the sum to bfloat16
         self.config = config
         self.train_tokens, self.validation_tokens = train, validation
         self.tokenizer = tokenizer
