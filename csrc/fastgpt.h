@@ -68,9 +68,91 @@ struct LayerNormBackward {
   FASTGPT_FIELDS(dx, dweight, dbias, dy, dsum, x, weight, mean, rstd, rows, cols, dtype, weight_dtype)
 };
 
+// y = s * rstd * weight over rows of C, where s = x + residual and rstd = 1 / sqrt(mean(s^2) + eps).
+struct RmsNormForward {
+  void* y;                // [N, C]
+  void* sum;              // [N, C] = x + residual; null when there is no residual
+  float* rstd;            // [N]
+  const void* x;          // [N, C]
+  const void* residual;   // [N, C] or null
+  const void* weight;     // [C] or null
+  int64_t rows, cols;
+  double eps;
+  DType dtype;            // of x, residual, sum, y
+  DType weight_dtype;
+  FASTGPT_FIELDS(y, sum, rstd, x, residual, weight, rows, cols, eps, dtype, weight_dtype)
+};
+
+// Gradients of RmsNormForward. `x` is the normalised input (the sum, when a residual was added).
+struct RmsNormBackward {
+  void* dx;               // [N, C]; also the gradient of the residual
+  void* dweight;          // [C] or null
+  const void* dy;         // [N, C]
+  const void* dsum;       // [N, C] gradient that reached the sum from elsewhere, or null
+  const void* x;          // [N, C]
+  const void* weight;     // [C] or null
+  const float* rstd;      // [N]
+  int64_t rows, cols;
+  DType dtype, weight_dtype;
+  FASTGPT_FIELDS(dx, dweight, dy, dsum, x, weight, rstd, rows, cols, dtype, weight_dtype)
+};
+
+// y = gelu(x + bias): exact, or the tanh approximation. Without a bias the caller may pass one row of all elements.
+struct GeluForward {
+  void* y;                // [N, C]
+  const void* x;          // [N, C]
+  const void* bias;       // [C] or null
+  int64_t rows, cols;
+  bool tanh;
+  DType dtype;            // of x, y
+  DType bias_dtype;
+  FASTGPT_FIELDS(y, x, bias, rows, cols, tanh, dtype, bias_dtype)
+};
+
+// Gradients of GeluForward.
+struct GeluBackward {
+  void* dx;               // [N, C]
+  void* dbias;            // [C]; null without a bias
+  const void* dy;         // [N, C]
+  const void* x;          // [N, C]
+  const void* bias;       // [C] or null
+  int64_t rows, cols;
+  bool tanh;
+  DType dtype, bias_dtype;
+  FASTGPT_FIELDS(dx, dbias, dy, x, bias, rows, cols, tanh, dtype, bias_dtype)
+};
+
+// y = gate * sigmoid(gate) * up. Strides are the elements from one row to the next.
+struct SwigluForward {
+  void* y;                // [N, C], contiguous
+  const void* gate;       // [N, C], gate_stride
+  const void* up;         // [N, C], up_stride
+  int64_t rows, cols, gate_stride, up_stride;
+  DType dtype;
+  FASTGPT_FIELDS(y, gate, up, rows, cols, gate_stride, up_stride, dtype)
+};
+
+// Gradients of SwigluForward.
+struct SwigluBackward {
+  void* dgate;            // [N, C], gradient_stride
+  void* dup;              // [N, C], gradient_stride
+  const void* dy;         // [N, C], contiguous
+  const void* gate;       // [N, C], gate_stride
+  const void* up;         // [N, C], up_stride
+  int64_t rows, cols, gate_stride, up_stride, gradient_stride;
+  DType dtype;
+  FASTGPT_FIELDS(dgate, dup, dy, gate, up, rows, cols, gate_stride, up_stride, gradient_stride, dtype)
+};
+
 }  // namespace fastgpt
 
 // Every kernel: X(entry, parameters).
-#define FASTGPT_FOR_EACH_KERNEL(X)        \
-  X(layer_norm_forward, LayerNormForward) \
-  X(layer_norm_backward, LayerNormBackward)
+#define FASTGPT_FOR_EACH_KERNEL(X)          \
+  X(layer_norm_forward, LayerNormForward)   \
+  X(layer_norm_backward, LayerNormBackward) \
+  X(rms_norm_forward, RmsNormForward)       \
+  X(rms_norm_backward, RmsNormBackward)     \
+  X(gelu_forward, GeluForward)              \
+  X(gelu_backward, GeluBackward)            \
+  X(swiglu_forward, SwigluForward)          \
+  X(swiglu_backward, SwigluBackward)

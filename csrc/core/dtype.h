@@ -32,6 +32,17 @@ inline Status dispatch_dtype(DType dtype, F&& f) {
   return {Status::unsupported_dtype, 0, static_cast<int64_t>(dtype)};
 }
 
+// The same for a tensor and its parameters (a weight, a bias), which share the tensor's dtype or are float:
+// f(TypeTag<T>, TypeTag<W>).
+template <class F>
+inline Status dispatch_dtypes(DType dtype, DType parameter_dtype, F&& f) {
+  return dispatch_dtype(dtype, [&](auto t) -> Status {
+    if (parameter_dtype == dtype) return f(t, t);
+    if (parameter_dtype == DType::f32) return f(t, TypeTag<float>{});
+    return {Status::unsupported_dtype, 0, static_cast<int64_t>(parameter_dtype)};
+  });
+}
+
 inline uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);

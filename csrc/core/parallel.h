@@ -38,4 +38,18 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// Element-wise work on a matrix [rows, cols]: calls f(row, col, n) for runs of n elements within a row, which together
+// cover the matrix. A range of 16k elements takes 10 to 20 us.
+constexpr int64_t kGrainElements = 16384;
+template <class F>
+inline void parallel_for_runs(int64_t rows, int64_t cols, F&& f) {
+  parallel_for(0, rows * cols, kGrainElements, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin / cols, col = begin % cols; begin < end; ++row, col = 0) {
+      const int64_t n = cols - col < end - begin ? cols - col : end - begin;
+      f(row, col, n);
+      begin += n;
+    }
+  });
+}
+
 }  // namespace fastgpt

@@ -50,6 +50,17 @@ inline Vec sqrt(Vec a) {
 #endif
 }
 
+// a * b + c rounded once, where the level has FMA: for error terms, which a contraction by chance would not give.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <class V, class T>
 inline V load_bits(const T* p) {
   V v;
@@ -58,7 +69,17 @@ inline V load_bits(const T* p) {
 }
 
 inline Vec load(const float* p) { return load_bits<Vec>(p); }
-inline Vec load(const bf16* p) { return as_float(__builtin_convertvector(load_bits<VecH>(p), VecU) << 16); }
+inline Vec load(const bf16* p) {
+  // Intrinsics, for GCC widens a whole vector in two halves.
+#if defined(__AVX512F__)
+  const VecU wide = (VecU)_mm512_cvtepu16_epi32(load_bits<__m256i>(p));
+#elif defined(__AVX2__)
+  const VecU wide = (VecU)_mm256_cvtepu16_epi32(load_bits<__m128i>(p));
+#else
+  const VecU wide = __builtin_convertvector(load_bits<VecH>(p), VecU);
+#endif
+  return as_float(wide << 16);
+}
 inline Vec load(const f16* p) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps(load_bits<__m256i>(p));
@@ -72,11 +93,18 @@ inline Vec load(const f16* p) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+// Round to nearest even; NaN stays NaN. Not vcvtneps2bf16, which flushes subnormals to zero.
 inline void store(bf16* p, Vec v) {
   const VecU u = as_uint(v);
-  const VecU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-  const VecU quiet = u >> 16 | 0x40u;
-  const VecH h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, VecH);
+  const VecU bits = (v != v ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtepi32_epi16((__m512i)bits);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+  const __m128i h = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  const VecH h = __builtin_convertvector(bits, VecH);
+#endif
   std::memcpy(p, &h, sizeof h);
 }
 inline void store(f16* p, Vec v) {
@@ -109,10 +137,12 @@ inline void store(T* p, Vec v, int64_t n) {
 }
 #if defined(__AVX512F__)
 inline Vec load(const float* p, int64_t n, float fill = 0.0f) {
-  return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1u), p);
+  if (n >= kLanes) return load(p);
+  return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1u), p);
 }
 inline void store(float* p, Vec v, int64_t n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1u), (__m512)v);
+  if (n >= kLanes) return store(p, v);
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
 }
 #endif
 
@@ -136,5 +166,39 @@ inline float max_lane(Vec v) {
   return reduce(v, [](float a, float b) { return a > b ? a : b; });
 }
 #endif
+
+// Calls f(offset, n) for every vector of [0, count): n = kLanes, and what is left for the last one. After inlining, n
+// is a constant in the main loop, so `load(p + offset, n)` is a plain load there.
+template <class F>
+inline void for_each_vector(int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, static_cast<int64_t>(kLanes));
+  if (i < count) f(i, count - i);
+}
+
+// Zero in the lanes from n on: dead lanes of a tail must not count.
+inline Vec keep_lanes(Vec v, int64_t n) {
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(n) ? v : Vec{};
+}
+
+// The sum over all lanes of f(offset, n), a vector, for every vector of [0, count). Four accumulators hide the latency
+// of the additions; they are added in a fixed order.
+template <class F>
+inline float sum_vectors(int64_t count, F&& f) {
+  constexpr int64_t step = kLanes;
+  Vec a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * step <= count; i += 4 * step) {
+    a += f(i, step);
+    b += f(i + step, step);
+    c += f(i + 2 * step, step);
+    d += f(i + 3 * step, step);
+  }
+  for (; i + step <= count; i += step) a += f(i, step);
+  if (i < count) b += keep_lanes(f(i, count - i), count - i);
+  return sum((a + b) + (c + d));
+}
 
 }  // namespace fastgpt::FASTGPT_ISA

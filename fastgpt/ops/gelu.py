@@ -167,14 +167,14 @@ class _GELU(torch.autograd.Function):
 _op = registry.define(
     "gelu",
     "(Tensor x, Tensor? bias, str approximate) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _GELU,
 )
 _op_backward = registry.define(
     "gelu_backward",
     "(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)",
-    {"reference": reference_backward},
+    {"reference": reference_backward, "cpu": _cpu_backward},
     _fake_backward,
 )
-registry.owner("gelu", "cpu", "reference", "its CPU kernel is not in this build")
+registry.owner("gelu", "cpu", "cpu", "vector exp in one pass, bias fused, saves only the input")

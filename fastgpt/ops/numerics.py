@@ -14,8 +14,8 @@ def accumulate(x: Tensor) -> Tensor:
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """``x`` as rows of its last dimension: (tensor, elements from one row to the next).
 
-    A view whose rows are contiguous and evenly spaced (a slice of the last dimension, say) comes back as it is; anything
-    else is copied. A kernel reads row i at ``data_ptr() + i * stride * element_size()``.
+    A view whose rows are contiguous and evenly spaced (a slice of the last dimension, say) comes back as it is;
+    anything else is copied. A kernel reads row i at ``data_ptr() + i * stride * element_size()``.
     """
     if x.is_contiguous():
         return x, x.shape[-1]

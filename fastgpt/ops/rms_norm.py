@@ -227,14 +227,14 @@ class _RMSNorm(torch.autograd.Function):
 _op = registry.define(
     "rms_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, int dims, float eps) -> (Tensor, Tensor, Tensor)",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _RMSNorm,
 )
 _op_backward = registry.define(
     "rms_norm_backward",
     "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor rstd, int dims) -> (Tensor, Tensor)",
-    {"reference": reference_backward},
+    {"reference": reference_backward, "cpu": _cpu_backward},
     _fake_backward,
 )
-registry.owner("rms_norm", "cpu", "reference", "its CPU kernel is not in this build")
+registry.owner("rms_norm", "cpu", "cpu", "one pass over the row from memory, deterministic weight gradient")

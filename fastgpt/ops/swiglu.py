@@ -36,7 +36,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
     checks.shape("swiglu", "up", up, gate.shape, "gate's shape")
     if up is None and (not gate.dim() or gate.shape[-1] % 2):
         raise ValueError(
-            f"swiglu: gate has shape {tuple(gate.shape)}; without up its last dimension must hold [gate, up], an even size"
+            f"swiglu: gate has shape {tuple(gate.shape)}; without up its last dimension must hold [gate, up], "
+            "an even number of elements"
         )
 
     chosen = registry.resolve("swiglu", backend, gate.device, unsupported_dtype(gate))
@@ -167,14 +168,14 @@ class _SwiGLU(torch.autograd.Function):
 _op = registry.define(
     "swiglu",
     "(Tensor gate, Tensor? up) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _SwiGLU,
 )
 _op_backward = registry.define(
     "swiglu_backward",
     "(Tensor dy, Tensor gate, Tensor? up) -> (Tensor, Tensor)",
-    {"reference": reference_backward},
+    {"reference": reference_backward, "cpu": _cpu_backward},
     _fake_backward,
 )
-registry.owner("swiglu", "cpu", "reference", "its CPU kernel is not in this build")
+registry.owner("swiglu", "cpu", "cpu", "one pass, reads slices of a fused projection in place, recomputes in backward")

@@ -1,0 +1,23 @@
+// rms_norm, forward and backward, with the residual addition fused.
+//
+//   s = x + residual,  rstd = 1 / sqrt(sum(s^2) / C + eps),  y = s * rstd * w
+//   with xhat = s * rstd and g = dy * w:  ds = rstd * (g - xhat * mean(g * xhat)) + dsum,  dw = sum_rows(dy * xhat)
+//
+// Bytes and passes: see norm.h.
+#include "cpu/norm.h"
+
+namespace fastgpt::FASTGPT_ISA {
+
+Status rms_norm_forward(const RmsNormForward& p) {
+  return dispatch_dtypes(p.dtype, p.weight_dtype, [&](auto t, auto w) {
+    return norm_forward<false, typename decltype(t)::type, typename decltype(w)::type>(p);
+  });
+}
+
+Status rms_norm_backward(const RmsNormBackward& p) {
+  return dispatch_dtypes(p.dtype, p.weight_dtype, [&](auto t, auto w) {
+    return norm_backward<false, typename decltype(t)::type, typename decltype(w)::type>(p);
+  });
+}
+
+}  // namespace fastgpt::FASTGPT_ISA
