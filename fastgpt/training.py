@@ -125,7 +125,7 @@ class Trainer:
     A run's folder holds ``checkpoints/``, ``metrics.jsonl`` (a line a step and a line an evaluation) and ``loss.png``.
 
     Args:
-        model: on the device to train on; its parameters are cast to config.dtype.
+        model: on the device to train on; its parameters are cast to config.dtype. AdamW is the one of its operators.
         config: how to train.
         train, validation: the tokens; without ``validation`` nothing is evaluated and no checkpoint is "best".
         tokenizer: goes into the checkpoints; also needed for nats per byte and samples.
@@ -168,6 +168,7 @@ class Trainer:
             betas=config.betas,
             eps=config.eps,
             max_grad_norm=config.max_grad_norm,
+            backend=model.ops.backend("adamw"),
         )
         self.loader = BatchLoader(train, config.batch_size, self.context, seed=config.seed)
         self.step = 0

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw  # torch.optim hides its module adamw
 
 from fastgpt.ops import checks, registry
 from fastgpt.ops.native import unsupported_dtype
@@ -222,7 +223,7 @@ def torch_eager(
         if not norm.isfinite():
             return norm
         torch._foreach_mul_(scaled, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    torch.optim.adamw.adamw(
+    torch_adamw(
         work,
         scaled,
         list(exp_avgs),

@@ -36,11 +36,11 @@ class OpSet:
             raise TypeError(f"ops={spec!r} must be a backend's name or a mapping {{operator: backend}}")
         chosen = {"default": spec} if isinstance(spec, str) else {"default": "fused", **spec}
         names = _operators()
+        self._backends = {name: chosen.get(name, chosen["default"]) for name in names}
         unknown = sorted(set(chosen) - set(names) - {"default"})
         if unknown:
             raise ValueError(f"ops: unknown operator {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
-        for name in names:
-            backend = chosen.get(name, chosen["default"])
+        for name, backend in self._backends.items():
             allowed = ("fused", *registry.backends(name), "torch")
             if backend not in allowed:
                 raise ValueError(f"ops: {name} has no backend {backend!r}; allowed are {', '.join(map(repr, allowed))}")
@@ -48,6 +48,10 @@ class OpSet:
             # The plain function is a partial less to call: decoding small models feels it.
             setattr(self, name, function if backend == "fused" else functools.partial(function, backend=backend))
         self.spec: str | dict[str, str] = spec if isinstance(spec, str) else dict(spec)
+
+    def backend(self, name: str) -> str:
+        """The backend chosen for an operator: "fused", or one by name."""
+        return self._backends[name]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"OpSet has no operator {name!r}; there are {', '.join(_operators())}")
