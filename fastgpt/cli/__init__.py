@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fastgpt.cli import bench, demo, doctor, tokenize, train, train_tokenizer
+from fastgpt.cli import bench, demo, doctor, generate, tokenize, train, train_tokenizer
 
 app = typer.Typer(
     name="fastgpt",
@@ -14,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("train")(train.train)
+app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
