@@ -3,12 +3,14 @@
 //   _C.cpu.<kernel>(field=value, ...)   every field of the kernel's parameter struct, by name; pointers as integers
 //   _C.cpu.isa(), set_isa(name), isas()  the instruction-set level in use, and what there is
 //   _C.set_parallel_functions(loop, count), thread_count(), set_own_threads(n)
+//   _C.advise_huge_pages(address, bytes)
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <type_traits>
 
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "cpu/cpu.h"
 #include "cuda/device.h"
@@ -96,6 +98,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("thread_count", &thread_count);
   m.def("set_own_threads", &set_own_threads);
+  m.def("advise_huge_pages",
+        [](uintptr_t address, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); });
 
   py::module_ cpu_module = m.def_submodule("cpu", "CPU kernels of the active instruction-set level.");
   cpu_module.def("isa", [] { return std::string(cpu::active_level().name); });

@@ -144,15 +144,53 @@ struct SwigluBackward {
   FASTGPT_FIELDS(dgate, dup, dy, gate, up, rows, cols, gate_stride, up_stride, gradient_stride, dtype)
 };
 
+// Per row with a target other than ignore_index, of x = logits + bias over C classes and e = label_smoothing:
+//   lse = logsumexp(x),  loss = (1 - e) (lse - x[target]) + e (lse - mean(x)) + z_loss lse^2
+// Other rows give zeros. Also the gradient of scale * loss by x, where dx is given.
+struct CrossEntropyForward {
+  float* loss;            // [N]
+  float* maximum;         // [N] lse = maximum + log(sum_exp)
+  float* sum_exp;         // [N]
+  double* totals;         // [2] the sum of the losses and the number of rows that count are added to it
+  void* dx;               // [N, C] rows dx_stride apart, or null; may be x itself
+  const void* x;          // [N, C] rows x_stride apart
+  const void* bias;       // [C] or null
+  const int64_t* target;  // [N] each in [0, C), or ignore_index
+  int64_t rows, cols, x_stride, dx_stride, ignore_index;
+  double label_smoothing, z_loss;
+  double scale;           // of dx
+  DType dtype;            // of x, dx and bias
+  FASTGPT_FIELDS(loss, maximum, sum_exp, totals, dx, x, bias, target, rows, cols, x_stride, dx_stride, ignore_index,
+                 label_smoothing, z_loss, scale, dtype)
+};
+
+// dx = scale * d loss / d x, from the maximum and sum_exp that CrossEntropyForward found.
+struct CrossEntropyBackward {
+  void* dx;               // [N, C] rows dx_stride apart; may be x itself
+  const float* scale;     // the gradient that reaches row i is scale[i * scale_stride]
+  const float* maximum;   // [N]
+  const float* sum_exp;   // [N]
+  const void* x;          // [N, C] rows x_stride apart
+  const void* bias;       // [C] or null
+  const int64_t* target;  // [N]
+  int64_t rows, cols, x_stride, dx_stride, scale_stride, ignore_index;
+  double label_smoothing, z_loss;
+  DType dtype;
+  FASTGPT_FIELDS(dx, scale, maximum, sum_exp, x, bias, target, rows, cols, x_stride, dx_stride, scale_stride,
+                 ignore_index, label_smoothing, z_loss, dtype)
+};
+
 }  // namespace fastgpt
 
 // Every kernel: X(entry, parameters).
-#define FASTGPT_FOR_EACH_KERNEL(X)          \
-  X(layer_norm_forward, LayerNormForward)   \
-  X(layer_norm_backward, LayerNormBackward) \
-  X(rms_norm_forward, RmsNormForward)       \
-  X(rms_norm_backward, RmsNormBackward)     \
-  X(gelu_forward, GeluForward)              \
-  X(gelu_backward, GeluBackward)            \
-  X(swiglu_forward, SwigluForward)          \
-  X(swiglu_backward, SwigluBackward)
+#define FASTGPT_FOR_EACH_KERNEL(X)                \
+  X(layer_norm_forward, LayerNormForward)         \
+  X(layer_norm_backward, LayerNormBackward)       \
+  X(rms_norm_forward, RmsNormForward)             \
+  X(rms_norm_backward, RmsNormBackward)           \
+  X(gelu_forward, GeluForward)                    \
+  X(gelu_backward, GeluBackward)                  \
+  X(swiglu_forward, SwigluForward)                \
+  X(swiglu_backward, SwigluBackward)              \
+  X(cross_entropy_forward, CrossEntropyForward)   \
+  X(cross_entropy_backward, CrossEntropyBackward)

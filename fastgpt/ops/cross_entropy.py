@@ -24,11 +24,12 @@ from fastgpt.ops.losses import (
     check_shapes,
     check_targets,
     fake_loss,
+    reduce_rows,
     row_scale,
     unfused_options,
 )
-from fastgpt.ops.native import unsupported_dtype
-from fastgpt.ops.numerics import accumulate
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.numerics import accumulate, as_rows
 
 
 def cross_entropy(
@@ -124,26 +125,26 @@ def torch_eager(
 def reference(
     x: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, maximum, log_sum, total) of logits x (N, C) and targets (N,).
+    """(loss, maximum, sum_exp, total) of logits x (N, C) and targets (N,).
 
-    For each row logsumexp(x) = maximum + log_sum. The two are kept apart because their sum, once rounded, would cost
-    the gradient its accuracy where logits are large. ``total`` is the number of rows that count.
+    For each row logsumexp(x) = maximum + log(sum_exp). The two are kept apart because logsumexp, once rounded, would
+    cost the gradient its accuracy where logits are large. ``total`` is the number of rows that count.
     """
     check_targets("cross_entropy", target, x.shape[1], ignore_index)
     counts = target != ignore_index
     logits = accumulate(x)
     maximum = logits.amax(1)
-    log_sum = (logits - maximum[:, None]).exp().sum(1).log()
-    log_p = logits - maximum[:, None] - log_sum[:, None]
+    sum_exp = (logits - maximum[:, None]).exp().sum(1)
+    log_p = logits - maximum[:, None] - sum_exp.log()[:, None]
     loss = -(1 - label_smoothing) * log_p.gather(1, target.where(counts, 0)[:, None])[:, 0]
     if label_smoothing:
         loss = loss - label_smoothing * log_p.mean(1)
-    loss = loss + z_loss * (maximum + log_sum).square()
+    loss = loss + z_loss * (maximum + sum_exp.log()).square()
     loss = loss.where(counts, 0)
     total = counts.sum(dtype=loss.dtype)
     if reduction != "none":
         loss = loss.sum() / (total if reduction == "mean" else 1)
-    return loss.to(x.dtype), maximum.where(counts, 0), log_sum.where(counts, 0), total
+    return loss.to(x.dtype), maximum.where(counts, 0), sum_exp.where(counts, 0), total
 
 
 def reference_backward(
@@ -151,7 +152,7 @@ def reference_backward(
     x: Tensor,
     target: Tensor,
     maximum: Tensor,
-    log_sum: Tensor,
+    sum_exp: Tensor,
     total: Tensor,
     reduction: str,
     ignore_index: int,
@@ -163,11 +164,83 @@ def reference_backward(
     dx = g (p (1 + 2 z_loss lse) - q), where g is the gradient that reaches the row's loss.
     """
     counts = (target != ignore_index)[:, None]
-    p = (accumulate(x) - maximum[:, None] - log_sum[:, None]).exp()
+    p = (accumulate(x) - maximum[:, None]).exp() / sum_exp[:, None]
     q = F.one_hot(target.where(counts[:, 0], 0), x.shape[1]) * (1 - label_smoothing) + label_smoothing / x.shape[1]
     g = row_scale(dloss, total, reduction).reshape(-1, 1)
-    dx = g * (p * (1 + 2 * z_loss * (maximum + log_sum)[:, None]) - q)
+    dx = g * (p * (1 + 2 * z_loss * (maximum + sum_exp.log())[:, None]) - q)
     return dx.where(counts, 0).to(x.dtype)
+
+
+# --- CPU ---
+
+
+def _cpu(
+    x: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, stride = as_rows(x)
+    target = target.contiguous()
+    loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+    totals = x.new_zeros(2, dtype=torch.float64)
+    try:
+        _C.cpu.cross_entropy_forward(
+            loss=pointer(loss),
+            maximum=pointer(maximum),
+            sum_exp=pointer(sum_exp),
+            totals=pointer(totals),
+            dx=None,
+            x=pointer(x),
+            bias=None,
+            target=pointer(target),
+            rows=x.shape[0],
+            cols=x.shape[1],
+            x_stride=stride,
+            dx_stride=0,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            scale=0.0,
+            dtype=DTYPES[x.dtype],
+        )
+    except IndexError:
+        check_targets("cross_entropy", target, x.shape[1], ignore_index)  # the same, in words
+        raise
+    return reduce_rows(loss, totals, reduction).to(x.dtype), maximum, sum_exp, totals[1].float()
+
+
+def _cpu_backward(
+    dloss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    sum_exp: Tensor,
+    total: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    x, stride = as_rows(x)
+    target, scale = target.contiguous(), row_scale(dloss, total, reduction).contiguous()
+    dx = with_huge_pages(x.new_empty(x.shape))
+    _C.cpu.cross_entropy_backward(
+        dx=pointer(dx),
+        scale=pointer(scale),
+        maximum=pointer(maximum),
+        sum_exp=pointer(sum_exp),
+        x=pointer(x),
+        bias=None,
+        target=pointer(target),
+        rows=x.shape[0],
+        cols=x.shape[1],
+        x_stride=stride,
+        dx_stride=x.shape[1],
+        scale_stride=scale.dim(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        dtype=DTYPES[x.dtype],
+    )
+    return dx
 
 
 # --- registration ---
@@ -211,14 +284,14 @@ _OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss
 _op = registry.define(
     "cross_entropy",
     f"(Tensor x, Tensor target, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _CrossEntropy,
 )
 _op_backward = registry.define(
     "cross_entropy_backward",
-    f"(Tensor dloss, Tensor x, Tensor target, Tensor maximum, Tensor log_sum, Tensor total, {_OPTIONS}) -> Tensor",
-    {"reference": reference_backward},
+    f"(Tensor dloss, Tensor x, Tensor target, Tensor maximum, Tensor sum_exp, Tensor total, {_OPTIONS}) -> Tensor",
+    {"reference": reference_backward, "cpu": _cpu_backward},
     _fake_backward,
 )
-registry.owner("cross_entropy", "cpu", "reference", "its CPU kernel is not in this build")
+registry.owner("cross_entropy", "cpu", "cpu", "the loss in one pass over the logits, the gradient in another")

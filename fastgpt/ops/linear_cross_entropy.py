@@ -8,11 +8,13 @@ Shapes: N rows (batch and positions), K input features, C classes. The N x C log
   forward turns each chunk into its gradient in place and sums dinput, dlinear_weight and dlinear_bias then and there
   (three GEMMs, as without chunks). The backward multiplies them by that factor;
 - "none", or a second backward through a retained graph: each row has a factor of its own, so the backward computes
-  the chunks again from the saved maximum and log_sum of each row (a fourth GEMM).
+  the chunks again from the saved maximum and sum_exp of each row (a fourth GEMM).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,9 +31,11 @@ from fastgpt.ops.losses import (
     check_shapes,
     check_targets,
     fake_loss,
+    reduce_rows,
+    row_scale,
     unfused_options,
 )
-from fastgpt.ops.native import unsupported_dtype
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate
 
 
@@ -163,12 +167,12 @@ def reference(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, maximum, log_sum, total) for x (N, K), w (C, K), b (C,), targets (N,); see cross_entropy's reference."""
+    """(loss, maximum, sum_exp, total) for x (N, K), w (C, K), b (C,), targets (N,); see cross_entropy's reference."""
     check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
-    loss, maximum, log_sum, total = cross_entropy_reference(
+    loss, maximum, sum_exp, total = cross_entropy_reference(
         _logits(x, w, b), target, reduction, ignore_index, label_smoothing, z_loss
     )
-    return loss.to(x.dtype), maximum, log_sum, total
+    return loss.to(x.dtype), maximum, sum_exp, total
 
 
 def reference_gradients(
@@ -184,9 +188,9 @@ def reference_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``reference``'s results and the gradients (dx, dw, db) of the loss; of those not ``wanted``, an empty tensor."""
     options = (reduction, ignore_index, label_smoothing, z_loss)
-    loss, maximum, log_sum, total = reference(x, w, b, target, *options)
-    dx, dw, db = reference_backward(torch.ones_like(loss), x, w, b, target, maximum, log_sum, total, *options, wanted)
-    return loss, maximum, log_sum, total, dx, dw, db
+    loss, maximum, sum_exp, total = reference(x, w, b, target, *options)
+    dx, dw, db = reference_backward(torch.ones_like(loss), x, w, b, target, maximum, sum_exp, total, *options, wanted)
+    return loss, maximum, sum_exp, total, dx, dw, db
 
 
 def reference_backward(
@@ -196,7 +200,7 @@ def reference_backward(
     b: Tensor | None,
     target: Tensor,
     maximum: Tensor,
-    log_sum: Tensor,
+    sum_exp: Tensor,
     total: Tensor,
     reduction: str,
     ignore_index: int,
@@ -210,7 +214,7 @@ def reference_backward(
         _logits(x, w, b),
         target,
         maximum,
-        log_sum,
+        sum_exp,
         total,
         reduction,
         ignore_index,
@@ -232,6 +236,211 @@ def _empty_gradients(x: Tensor, w: Tensor, b: Tensor | None, wanted: list[bool])
     shapes = (x.shape, w.shape, w.shape[:1])
     dx, dw, db = (x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
     return dx, dw, db
+
+
+# --- CPU ---
+
+# Logits in memory at a time. Less makes the GEMMs read linear_weight more often, more gains nothing.
+CHUNK_BYTES = 32 << 20
+# dw in half precision is a sum of one product per chunk, and each addition rounds. Up to this many are added in place;
+# more are added in float32, which takes 4 bytes for each element of linear_weight.
+CHUNKS_IN_PLACE = 4
+# Classes whose part of such a product is in memory at a time.
+CLASS_BLOCK = 4096
+
+
+def _chunks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The logits x @ w.T, some rows at a time, all in the same memory."""
+    rows = chunk_rows(x.shape[0], w)
+    buffer = with_huge_pages(x.new_empty(rows, w.shape[0]))
+    for start in range(0, x.shape[0], rows or 1):
+        chunk = slice(start, min(start + rows, x.shape[0]))
+        logits = buffer[: chunk.stop - start]
+        torch.mm(x[chunk], w.t(), out=logits)
+        yield chunk, logits
+
+
+def chunk_rows(rows: int, w: Tensor) -> int:
+    """Rows in each chunk: as many as CHUNK_BYTES allow, evenly spread."""
+    most = max(CHUNK_BYTES // (w.shape[0] * w.element_size()), 1)
+    return math.ceil(rows / math.ceil(rows / most)) if rows else 0
+
+
+class _Gradients:
+    """dx, dw and db, added up chunk by chunk from the gradient of the logits."""
+
+    def __init__(self, x: Tensor, w: Tensor, b: Tensor | None, wanted: list[bool]) -> None:
+        self.x, self.w, self.wanted = x, w, wanted
+        self.dx, self.dw, self.db = (with_huge_pages(t) for t in _empty_gradients(x, w, b, wanted))
+        self.dw_sum = self.dw
+        chunks = math.ceil(x.shape[0] / max(chunk_rows(x.shape[0], w), 1))
+        if not chunks:
+            self.dw.zero_()
+        elif chunks > CHUNKS_IN_PLACE and w.dtype != torch.float32:
+            self.dw_sum = with_huge_pages(torch.empty_like(self.dw, dtype=torch.float32))
+        self.db_sum = torch.zeros_like(self.db, dtype=torch.float32)
+
+    def add(self, chunk: slice, g: Tensor) -> None:
+        """``g`` is the gradient of the logits of the rows in ``chunk``."""
+        if self.wanted[0]:
+            torch.mm(g, self.w, out=self.dx[chunk])
+        if self.wanted[1]:
+            self._add_weight(g.t(), self.x[chunk], first=chunk.start == 0)
+        if self.wanted[2]:
+            self.db_sum += g.sum(0, dtype=torch.float32)
+
+    def _add_weight(self, g: Tensor, x: Tensor, first: bool) -> None:
+        if self.dw_sum is not self.dw:
+            for block, part in zip(g.split(CLASS_BLOCK), self.dw_sum.split(CLASS_BLOCK), strict=True):
+                product = block @ x
+                part.copy_(product) if first else part.add_(product)
+        elif first:
+            torch.mm(g, x, out=self.dw)
+        else:
+            torch.addmm(self.dw, g, x, out=self.dw)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.dw_sum is not self.dw:
+            self.dw.copy_(self.dw_sum)
+        return self.dx, self.dw, self.db.copy_(self.db_sum)
+
+
+class _CountingRows:
+    """The rows whose target is not ignore_index: the others are left out of every GEMM and put back as zeros."""
+
+    def __init__(self, target: Tensor, ignore_index: int) -> None:
+        self.rows = target.shape[0]
+        index = (target != ignore_index).nonzero()[:, 0]
+        self.index = index if index.numel() < self.rows else None
+
+    def select(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous() if self.index is None else tensor[self.index]
+
+    def put_back(self, tensor: Tensor) -> Tensor:
+        if self.index is None:
+            return tensor
+        return tensor.new_zeros(self.rows, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
+
+
+def _run(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: list[bool] | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
+    """(loss, maximum, sum_exp, total), and where gradients are ``wanted``, those of the reduced loss."""
+    check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
+    counting = _CountingRows(target, ignore_index)
+    x, target, b = counting.select(x), counting.select(target), None if b is None else b.contiguous()
+    loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+    totals = x.new_zeros(2, dtype=torch.float64)
+    gradients = None if wanted is None else _Gradients(x, w, b, wanted)
+    for chunk, logits in _chunks(x, w):
+        _C.cpu.cross_entropy_forward(
+            loss=pointer(loss[chunk]),
+            maximum=pointer(maximum[chunk]),
+            sum_exp=pointer(sum_exp[chunk]),
+            totals=pointer(totals),
+            dx=None if gradients is None else pointer(logits),
+            x=pointer(logits),
+            bias=pointer(b),
+            target=pointer(target[chunk]),
+            rows=logits.shape[0],
+            cols=logits.shape[1],
+            x_stride=logits.shape[1],
+            dx_stride=logits.shape[1],
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            scale=1 / x.shape[0] if reduction == "mean" else 1.0,
+            dtype=DTYPES[x.dtype],
+        )
+        if gradients is not None:
+            gradients.add(chunk, logits)
+    result = reduce_rows(counting.put_back(loss), totals, reduction).to(x.dtype)
+    saved = (counting.put_back(maximum), counting.put_back(sum_exp), totals[1].float())
+    if gradients is None:
+        return (result, *saved), None
+    dx, dw, db = gradients.result()
+    return (result, *saved), (counting.put_back(dx) if gradients.wanted[0] else dx, dw, db)
+
+
+def _cpu(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run(x, w, b, target, reduction, ignore_index, label_smoothing, z_loss, None)[0]
+
+
+def _cpu_gradients(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results, gradients = _run(x, w, b, target, reduction, ignore_index, label_smoothing, z_loss, wanted)
+    assert gradients is not None
+    return *results, *gradients
+
+
+def _cpu_backward(
+    dloss: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    maximum: Tensor,
+    sum_exp: Tensor,
+    total: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    counting = _CountingRows(target, ignore_index)
+    x, target, b = counting.select(x), counting.select(target), None if b is None else b.contiguous()
+    scale = counting.select(row_scale(dloss, total, reduction).expand(counting.rows))
+    maximum, sum_exp = counting.select(maximum), counting.select(sum_exp)
+    gradients = _Gradients(x, w, b, wanted)
+    for chunk, logits in _chunks(x, w):
+        _C.cpu.cross_entropy_backward(
+            dx=pointer(logits),
+            scale=pointer(scale[chunk]),
+            maximum=pointer(maximum[chunk]),
+            sum_exp=pointer(sum_exp[chunk]),
+            x=pointer(logits),
+            bias=pointer(b),
+            target=pointer(target[chunk]),
+            rows=logits.shape[0],
+            cols=logits.shape[1],
+            x_stride=logits.shape[1],
+            dx_stride=logits.shape[1],
+            scale_stride=1,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            dtype=DTYPES[x.dtype],
+        )
+        gradients.add(chunk, logits)
+    dx, dw, db = gradients.result()
+    return counting.put_back(dx) if wanted[0] else dx, dw, db
 
 
 # --- registration ---
@@ -302,21 +511,21 @@ _OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss
 _op = registry.define(
     "linear_cross_entropy",
     f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _LinearCrossEntropy,
 )
 _op_gradients = registry.define(
     "linear_cross_entropy_gradients",
     f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference_gradients},
+    {"reference": reference_gradients, "cpu": _cpu_gradients},
     _fake_gradients,
 )
 _op_backward = registry.define(
     "linear_cross_entropy_backward",
-    f"(Tensor dloss, {_TENSORS}, Tensor maximum, Tensor log_sum, Tensor total, {_OPTIONS}, bool[] wanted)"
+    f"(Tensor dloss, {_TENSORS}, Tensor maximum, Tensor sum_exp, Tensor total, {_OPTIONS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
-    {"reference": reference_backward},
+    {"reference": reference_backward, "cpu": _cpu_backward},
     _fake_backward,
 )
-registry.owner("linear_cross_entropy", "cpu", "reference", "its CPU kernel is not in this build")
+registry.owner("linear_cross_entropy", "cpu", "cpu", "never more than 32 MiB of logits in memory")

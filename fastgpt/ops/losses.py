@@ -79,8 +79,15 @@ def row_scale(dloss: Tensor, total: Tensor, reduction: str) -> Tensor:
     return g / total if reduction == "mean" else g
 
 
+def reduce_rows(loss: Tensor, totals: Tensor, reduction: str) -> Tensor:
+    """The result from the losses of the rows (N,) and the kernel's [sum of losses, number of rows that count]."""
+    if reduction == "none":
+        return loss
+    return totals[0] / totals[1] if reduction == "mean" else totals[0]
+
+
 def fake_loss(x: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of (loss, maximum, log_sum, total)."""
+    """Shapes and dtypes of (loss, maximum, sum_exp, total)."""
     loss = x.new_empty(x.shape[:1] if reduction == "none" else ())
     maximum = x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return loss, maximum, torch.empty_like(maximum), maximum.new_empty(())

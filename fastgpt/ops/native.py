@@ -25,6 +25,17 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, just allocated, with huge pages asked for if it is large.
+
+    malloc keeps no freed block of over 32 MiB, so such a tensor is new memory each time, and touching it in small pages
+    takes longer than computing what goes into it.
+    """
+    if tensor.nbytes > 32 << 20 and tensor.device.type == "cpu":
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 def unsupported_dtype(*tensors: torch.Tensor | None) -> str | None:
     """Why the CPU kernels do not take these tensors' dtypes, or None if they do."""
     for tensor in tensors:
