@@ -194,6 +194,12 @@ def remove_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
+def remove_unfinished(run: str | os.PathLike[str]) -> None:
+    """Deletes what processes that were killed while saving have left; none may be saving into ``run`` now."""
+    for folder in (Path(run) / CHECKPOINTS).glob(".step-*.tmp"):
+        shutil.rmtree(folder)
+
+
 # --- reading ---
 
 

@@ -26,7 +26,8 @@ class GracefulStop:
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._first)
+                if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background of a script ignores Ctrl-C
+                    self._before[number] = signal.signal(number, self._first)
         return self
 
     def __exit__(

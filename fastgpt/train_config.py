@@ -27,7 +27,8 @@ class TrainConfig:
         betas, eps: of AdamW.
         max_grad_norm: gradients are scaled down to this global norm; None: never.
         dtype: "float32" | "bfloat16": of parameters and activations; AdamW's state, and for bfloat16 a master copy of
-            the weights, is float32.
+            the weights, is float32. A training loss comes in this dtype, so in bfloat16 it is shown to three digits'
+            accuracy; the validation loss is the mean over single tokens, and better.
         seed: of the order of the data and of torch's generator.
         eval_every: steps between two evaluations; 0: only at the end.
         eval_tokens: at most so many validation tokens, from the start; None: all of them.

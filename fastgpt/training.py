@@ -32,6 +32,7 @@ from fastgpt.generation import generate
 from fastgpt.interrupt import GracefulStop, exclusive
 from fastgpt.metrics import MetricsLog, plot_losses, read_metrics, unigram_entropy
 from fastgpt.model import GPT
+from fastgpt.ops.native import _C
 from fastgpt.optim import AdamW
 from fastgpt.progress import TrainingProgress
 from fastgpt.train_config import DTYPES, TrainConfig
@@ -196,6 +197,7 @@ class Trainer:
                 return self._loop(stop, progress, None)
         with exclusive(self.out):
             self._refuse_other_run(self.out)
+            checkpoint.remove_unfinished(self.out)
             board = self.out / "tensorboard" if self._tensorboard else None
             log = MetricsLog(self.out / METRICS, self.step, tensorboard=board)
             try:
@@ -337,7 +339,7 @@ class Trainer:
         """Continues from a checkpoint, by default the last one of ``out``; bit for bit where nothing else has changed.
 
         Returns:
-            What has changed since, a sentence each: settings of the config, versions, threads.
+            What has changed since, a sentence each: settings of the config, versions, threads, operators.
 
         Raises:
             FileNotFoundError: there is no checkpoint with training state.
@@ -356,7 +358,7 @@ class Trainer:
         self.evaluation = None if state["evaluation"] is None else Evaluation(**state["evaluation"])
         if self.out is not None and folder == checkpoint.checkpoint_path(self.out, self.step):
             self._saved = self.step
-        return _changes(state["config"] | state["versions"], _config_json(self.config) | _versions())
+        return _changes(state["config"] | state["made_with"], _config_json(self.config) | _made_with(self.model))
 
     def plot(self) -> Path:
         """Draws the losses of metrics.jsonl so far; returns the picture's path."""
@@ -385,7 +387,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "random": _random_state(),
             "config": _config_json(self.config),
-            "versions": _versions(),
+            "made_with": _made_with(self.model),
         }
 
     # --- parts of the loop ---
@@ -501,13 +503,15 @@ def _config_json(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config) | {"betas": list(config.betas)}
 
 
-def _versions() -> dict[str, Any]:
+def _made_with(model: GPT) -> dict[str, Any]:
     """What the bits of a run depend on beside its settings."""
     return {
         "fastgpt version": fastgpt.__version__,
         "torch version": torch.__version__,
         "Python version": platform.python_version(),
         "number of threads": torch.get_num_threads(),
+        "CPU kernels": _C.cpu.isa(),
+        "ops": model.ops.spec,
     }
 
 

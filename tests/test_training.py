@@ -368,6 +368,14 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path / "run")] == [4, 9, 10]
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    unfinished = tmp_path / "run" / "checkpoints" / ".step-00000003.4711.0a1b2c3d.tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "config.json").write_text("{")
+    tiny.trainer(tmp_path, out=tmp_path / "run", steps=1).train()
+    assert [path.name for path in unfinished.parent.iterdir()] == ["step-00000001"]
+
+
 def test_without_a_folder_nothing_is_written(tmp_path):
     trainer = tiny.trainer(tmp_path)
     before = sorted(tmp_path.rglob("*"))

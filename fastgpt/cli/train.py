@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 import fastgpt
 from fastgpt.checkpoint import find_checkpoint, list_checkpoints
@@ -278,48 +278,45 @@ def print_summary(console: Console, trainer: Trainer) -> None:
     shape, config = trainer.model.config, trainer.config
     train_size, validation_size = len(trainer.train_tokens), len(trainer.validation_tokens or ())
     step_tokens = config.batch_size * trainer.context
-    table = Table.grid(padding=(0, 2))
-    table.add_row(
-        "Text", f"{train_size:,} tokens to train on, {validation_size:,} to measure on ({trainer.train_tokens.path})"
-    )
-    if trainer.tokenizer is not None:
-        table.add_row("Tokenizer", f"{trainer.tokenizer.kind}, {trainer.tokenizer.vocab_size:,} ids")
-    table.add_row(
-        "Model",
-        f"{trainer.model.num_parameters():,} parameters: {shape.layers} layers, {shape.heads} heads, "
+    rows = {
+        "Text": f"{train_size:,} tokens to train on, {validation_size:,} to measure on ({trainer.train_tokens.path})",
+        "Model": f"{trainer.model.num_parameters():,} parameters: {shape.layers} layers, {shape.heads} heads, "
         f"width {shape.width}, context {shape.context}",
-    )
-    table.add_row(
-        "Training",
-        f"{config.steps:,} steps of {config.batch_size} x {trainer.context} = {step_tokens:,} tokens "
+        "Training": f"{config.steps:,} steps of {config.batch_size} x {trainer.context} = {step_tokens:,} tokens "
         f"({config.steps * step_tokens / train_size:.1f} times through the text), {config.dtype}, seed {config.seed}",
-    )
-    table.add_row("Operators", f"{trainer.model.ops.spec}, {torch.get_num_threads()} threads")
-    table.add_row("Folder", str(trainer.out))
-    console.print(table)
+        "Operators": f"{trainer.model.ops.spec}, {torch.get_num_threads()} threads",
+        "Folder": str(trainer.out),
+    }
+    if trainer.tokenizer is not None:
+        rows["Tokenizer"] = f"{trainer.tokenizer.kind}, {trainer.tokenizer.vocab_size:,} ids"
+    _print_rows(console, rows)
 
 
 def print_result(console: Console, trainer: Trainer, result: TrainResult) -> None:
     """How it ended, and where things lie."""
     out = trainer.out
-    assert out is not None  # both commands that call this have one
+    assert out is not None  # the commands always have one
     if result.stopped == "interrupted":
-        console.print(
-            f"\nStopped at step {result.step:,} and saved. To go on: [bold]fastgpt train --out {out} --resume[/bold]"
-        )
+        again = f"[bold]fastgpt train --out {out} --resume[/bold]"
+        console.print(f"\nStopped at step {result.step:,} and saved. To go on: {again}")
     else:
         early = " (stopped early)" if result.stopped == "early" else ""
         console.print(f"\nTrained {result.step:,} steps in {result.seconds:,.0f} s{early}.")
-    table = Table.grid(padding=(0, 2))
+    rows = {"Last checkpoint": str(result.checkpoint), "Loss curve": str(out / CURVE), "Metrics": str(out / METRICS)}
     if trainer.best is not None:
         loss, step = trainer.best
-        table.add_row("Best validation loss", f"{loss:.4f} nats per token, at step {step:,}")
-        table.add_row("Entropy of single tokens", f"{trainer.unigram_entropy:.4f} nats per token")
-    table.add_row("Last checkpoint", str(result.checkpoint))
-    table.add_row("Loss curve", str(out / CURVE))
-    table.add_row("Metrics", str(out / METRICS))
-    console.print(table)
+        rows |= {
+            "Best validation loss": f"{loss:.4f} nats per token, at step {step:,}",
+            "Entropy of single tokens": f"{trainer.unigram_entropy:.4f} nats per token",
+        }
+    _print_rows(console, rows)
     for (name, why), count in sorted(fastgpt.fallbacks().items()):
         console.print(f"[yellow]note:[/yellow] {name} fell back to the reference {count:,} times: {why}")
     if result.stopped != "interrupted":
         console.print(f"Let it write: [bold]fastgpt generate --model {out}[/bold]")
+
+
+def _print_rows(console: Console, rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        console.print(Text(f"{name:{width}}  {text}"))
