@@ -61,7 +61,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one. The text is taken as it is: no markup."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,6 +70,11 @@ class TrainingProgress:
 
     def _seconds_left(self, step: int) -> float:
         return (self._steps - step) * sum(seconds for seconds, _ in self._recent) / len(self._recent)
+
+
+def printable(text: str) -> str:
+    """``text`` with U+FFFD for control characters, line ends and tabs apart: a model may write escape sequences."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
 def _duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ import fastgpt
 from fastgpt import checkpoint, metrics, train_config
 from fastgpt.data import TokenFile, sequential_batches, write_tokens
 from fastgpt.interrupt import exclusive
+from fastgpt.progress import printable
 from fastgpt.tokenizers import ByteTokenizer
 from fastgpt.training import Evaluation, parameter_groups
 from tests import tiny
@@ -460,6 +461,10 @@ def test_plain_lines(tmp_path):
     assert steps == ["1/10", "4/10", "8/10", "10/10"]
     assert sum("validation loss" in line for line in lines) == 3
     assert all(not line.startswith("\x1b") for line in lines)
+
+
+def test_no_escape_sequence_of_a_model_reaches_the_terminal():
+    assert printable("a\tb\nc\x1b[31m\x07é漢\r") == "a\tb\nc\ufffd[31m\ufffdé漢\ufffd"
 
 
 def test_a_live_bar_on_a_terminal(tmp_path):

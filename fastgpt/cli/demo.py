@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
+import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -22,20 +25,22 @@ from fastgpt.data import TokenFile, encode_documents, python_corpus, write_token
 from fastgpt.files import read_json, write_json
 from fastgpt.generation import generate
 from fastgpt.model import GPT
+from fastgpt.progress import printable
 from fastgpt.tokenizers import ByteTokenizer
 from fastgpt.train_config import TrainConfig
 from fastgpt.training import CURVE, Trainer, TrainResult
 
+TOKENS = "tokens.bin"
 DEMO = "demo.json"  # in the run's folder: its settings, the comparison, how it ended
 OPS = ("fused", "reference", "torch")
 WARM_UP = 2  # steps of each that are not counted: memory and threads find their places
 BLOCK = 5  # steps in a row with the same operators
-STEPS = 400
+STEPS = 600
 COMPARED = 20
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 LR = 2e-3
 PROMPTS = ("The ", "Return ", "")
-SAMPLE_TOKENS = 300
+SAMPLE_TOKENS = 240  # with the prompt, no more than the context of 256
 
 
 def demo(
@@ -52,49 +57,47 @@ def demo(
     """
     console = Console(highlight=False, soft_wrap=True)
     with plain_errors():
-        settings = {"steps": steps, "compare": compare, "seed": seed, "threads": torch.get_num_threads()}
+        config = TrainConfig(
+            steps=steps,
+            batch_size=BATCH_SIZE,
+            lr=LR,
+            eval_every=max(1, steps // 8),
+            eval_tokens=1 << 15,
+            save_every=max(1, steps // 8),
+            keep=1,
+            seed=seed,
+        )
+        settings = {"compare": compare, **dataclasses.asdict(config), "betas": list(config.betas)}
         state = _state(out, settings, fresh)
         if "result" in state:
             console.print(
                 f"{out} holds the finished run of these settings; [bold]fastgpt demo --fresh[/bold] trains again.\n"
             )
             print_comparison(console, state["comparison"])
-            print_outcome(console, out, state, seed=secrets.randbelow(1 << 31))
+            print_outcome(console, out, state["result"], seed=secrets.randbelow(1 << 31))
             return
-        result = run(console, out, settings, state)
+        result = run(console, out, config, compare, state | {"settings": settings})
     if result.stopped == "interrupted":
         console.print("\nStopped and saved. The same command goes on from here.")
         raise typer.Exit(130)
 
 
-def run(console: Console, out: Path, settings: dict[str, Any], state: dict[str, Any]) -> TrainResult:
+def run(console: Console, out: Path, config: TrainConfig, compare: int, state: dict[str, Any]) -> TrainResult:
     """Compares, trains and shows; continues what an interrupted demo has left in ``out``."""
     tokenizer = ByteTokenizer()
     if "comparison" not in state:
         console.print("[bold]1. The text[/bold]: the documentation that comes with Python, one token a byte")
         documents = encode_documents(python_corpus(), tokenizer)
         tokens = write_tokens(
-            out / "tokens.bin", documents, tokenizer.vocab_size, tokenizer.describe(), validation_fraction=0.1
+            out / TOKENS, documents, tokenizer.vocab_size, tokenizer.describe(), validation_fraction=0.1
         )
-    else:
-        tokens = TokenFile(out / "tokens.bin")
-    train, validation = tokens.split()
-    config = TrainConfig(
-        steps=settings["steps"],
-        batch_size=BATCH_SIZE,
-        lr=LR,
-        eval_every=max(1, settings["steps"] // 8),
-        eval_tokens=1 << 16,
-        save_every=max(1, settings["steps"] // 8),
-        keep=1,
-        seed=settings["seed"],
-    )
-    if "comparison" not in state:
-        console.print(
-            f"\n[bold]2. The same {settings['compare']} steps[/bold] with fused kernels, with the reference, with torch"
-        )
-        state |= {"settings": settings, "comparison": compare_ops(console, config, train, settings["compare"])}
+        train, validation = tokens.split()
+        if compare:
+            console.print(f"\n[bold]2. The same {compare} steps[/bold] with fused kernels, the reference, and torch's")
+        state["comparison"] = compare_ops(console, config, train, compare)
         write_json(out / DEMO, state)
+    else:
+        train, validation = TokenFile(out / TOKENS).split()
     print_comparison(console, state["comparison"])
 
     console.print("[bold]3. Training[/bold] with the fused kernels (Ctrl-C saves; the same command goes on)")
@@ -109,14 +112,15 @@ def run(console: Console, out: Path, settings: dict[str, Any], state: dict[str, 
     result = trainer.train()
     if result.stopped == "finished":
         assert result.evaluation is not None  # there is validation text
+        text_bytes = np.count_nonzero(train.tokens != tokenizer.eos_id)
         state["result"] = {
             "validation_loss": result.evaluation.nats_per_byte,
-            "unigram_entropy": trainer.unigram_entropy,
+            "unigram_entropy": trainer.unigram_entropy * len(train) / text_bytes,
             "seconds": result.seconds,
             "steps": result.step,
         }
         write_json(out / DEMO, state)
-        print_outcome(console, out, state, seed=config.seed)
+        print_outcome(console, out, state["result"], seed=config.seed)
     return result
 
 
@@ -165,7 +169,7 @@ def print_comparison(console: Console, comparison: dict[str, Any]) -> None:
     median = {ops: statistics.median(entry["seconds"]) for ops, entry in comparison.items()}
     table = Table()
     table.add_column("operators")
-    for name in ("steps/s", "tokens/s", "fused is faster by", "loss at the last step", "largest loss difference"):
+    for name in ("steps/s", "tokens/s", "speed-up by fused", "loss at the last step", "largest loss difference"):
         table.add_column(name, justify="right")
     for ops, entry in comparison.items():
         differences = [abs(a - b) for a, b in zip(entry["losses"], comparison["reference"]["losses"], strict=True)]
@@ -177,7 +181,7 @@ def print_comparison(console: Console, comparison: dict[str, Any]) -> None:
             f"{entry['losses'][-1]:.6f}",
             "" if ops == "reference" else f"{max(differences):.1e}",
         )
-    console.print(table)
+    console.print(table, soft_wrap=False)
     first = next(iter(comparison.values()))
     console.print(
         f"[dim]medians of {len(first['seconds'])} steps of {first['tokens']:,} tokens, in turns of {BLOCK}; "
@@ -185,9 +189,8 @@ def print_comparison(console: Console, comparison: dict[str, Any]) -> None:
     )
 
 
-def print_outcome(console: Console, out: Path, state: dict[str, Any], seed: int) -> None:
+def print_outcome(console: Console, out: Path, result: dict[str, Any], seed: int) -> None:
     """What the finished run has learnt: its loss, samples of its text, and where it lies."""
-    result = state["result"]
     loss, entropy = result["validation_loss"], result["unigram_entropy"]
     console.print(
         f"\n[bold]Validation loss {loss:.4f} nats per byte[/bold] after {result['steps']:,} steps in "
@@ -206,7 +209,7 @@ def print_outcome(console: Console, out: Path, state: dict[str, Any], seed: int)
     console.print(f"\n[bold]What it writes[/bold] (seed {seed}; the beginnings in bold are ours)")
     for prompt, sample in zip(PROMPTS, samples, strict=True):
         console.rule(style="dim")
-        console.print(Text(prompt, "bold") + Text(sample.text or ""))
+        console.print(Text(prompt, "bold") + Text(printable(sample.text or "")))
     console.rule(style="dim")
     console.print(f"\nCheckpoint  {find_checkpoint(out)}\nLoss curve  {out / CURVE}")
     console.print(f'More of it: [bold]fastgpt generate --model {out} --prompt "The "[/bold]')
@@ -231,7 +234,5 @@ def _state(out: Path, settings: dict[str, Any], fresh: bool) -> dict[str, Any]:
 
 def _clear(out: Path) -> None:
     """Deletes an earlier demo, and nothing that is none."""
-    import shutil
-
     if (out / DEMO).is_file():
         shutil.rmtree(out)
