@@ -180,6 +180,25 @@ struct CrossEntropyBackward {
                  ignore_index, label_smoothing, z_loss, dtype)
 };
 
+// One token a row; fastgpt/ops/sample.py defines the steps. A row that holds NaN or +inf after penalties and bias is
+// not_finite, one that holds only -inf is empty_support.
+struct Sample {
+  int64_t* token;           // [N]
+  float* log_prob;          // [N]
+  const void* logits;       // [N, V]
+  const double* reals;      // [1 or N, 6]: temperature, top_p, min_p, repetition, presence and frequency penalty
+  const int64_t* integers;  // [1 or N, 3]: top_k, seed, position
+  const int64_t* row;       // [1 or N], the row of the random number, or null: the index in the batch
+  const int64_t* previous;  // [N, L], -1 where there is none, or null
+  const float* logit_bias;  // [N, V] or null
+  int64_t rows, vocab, previous_count;
+  int64_t logits_stride, bias_stride;         // elements from one row to the next
+  int64_t option_step, key_step, row_step;    // 0: one row of options for all; 1: a row each
+  DType dtype;
+  FASTGPT_FIELDS(token, log_prob, logits, reals, integers, row, previous, logit_bias, rows, vocab, previous_count,
+                 logits_stride, bias_stride, option_step, key_step, row_step, dtype)
+};
+
 }  // namespace fastgpt
 
 // Every kernel: X(entry, parameters).
@@ -193,4 +212,5 @@ struct CrossEntropyBackward {
   X(swiglu_forward, SwigluForward)                \
   X(swiglu_backward, SwigluBackward)              \
   X(cross_entropy_forward, CrossEntropyForward)   \
-  X(cross_entropy_backward, CrossEntropyBackward)
+  X(cross_entropy_backward, CrossEntropyBackward) \
+  X(sample, Sample)

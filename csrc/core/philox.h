@@ -41,9 +41,9 @@ FASTGPT_PHILOX_INLINE PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0,
 
 // A uniform 64-bit integer for (seed, row, position).
 FASTGPT_PHILOX_INLINE uint64_t uniform_bits(uint64_t seed, uint32_t row, uint64_t position, uint32_t stream) {
-  const PhiloxWords words = philox4x32(
-      {{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), row, stream}},
-      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const PhiloxWords words =
+      philox4x32({{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), row, stream}},
+                 static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return uint64_t{words.word[0]} << 32 | words.word[1];
 }
 

@@ -28,6 +28,8 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef double VecD __attribute__((vector_size(kLanes * 4)));   // half as many lanes
+typedef int64_t VecL __attribute__((vector_size(kLanes * 4)));  // half as many lanes
 
 inline Vec splat(float x) { return x - Vec{}; }
 inline VecI as_int(Vec v) { return (VecI)v; }
@@ -145,6 +147,42 @@ inline void store(float* p, Vec v, int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
 }
 #endif
+
+// The lower and the upper lanes as doubles.
+struct Doubles {
+  VecD low, high;
+};
+inline Doubles to_double(Vec v) {
+#if defined(__AVX512DQ__)
+  return {(VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+          (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))};
+#elif defined(__AVX2__)
+  return {(VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+          (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#else
+  Doubles d;
+  for (int i = 0; i < kLanes / 2; ++i) {
+    d.low[i] = v[i];
+    d.high[i] = v[i + kLanes / 2];
+  }
+  return d;
+#endif
+}
+
+// Bit i is set where lane i of a comparison holds.
+inline uint32_t lane_mask(VecI comparison) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)comparison);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison));
+#elif defined(__SSE__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)comparison));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (static_cast<uint32_t>(comparison[i]) & 1u) << i;
+  return mask;
+#endif
+}
 
 // Reductions in a fixed order (halving), the same for every call.
 template <class F>

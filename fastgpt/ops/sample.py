@@ -12,7 +12,7 @@ API; top-k: Fan et al. 2018; top-p: Holtzman et al. 2020; min-p: Nguyen et al. 2
    is the lowest index of the largest x, the filters do not matter, and log_prob is its log-softmax at temperature 1.
 4. top-k keeps x >= the k-th largest x.
 5. top-p keeps x >= t for the largest t whose kept weight is at least top_p of what top-k kept.
-6. min-p keeps w >= min_p times the largest weight.
+6. min-p keeps w >= min_p times the largest weight (w before it was rounded).
 7. The token is drawn in proportion to the kept weights; log_prob is the logarithm of its share of them.
 
 The filters are thresholds: equal logits are kept or dropped together, whatever their index (as in Hugging Face's top-k;
@@ -34,14 +34,15 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import checks, philox, registry
-from fastgpt.ops.native import unsupported_dtype
-from fastgpt.ops.numerics import accumulate
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops.numerics import accumulate, as_rows
 
 # Columns of the two tables of options; csrc/cpu/sample.cpp reads them in this order.
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("top_k", "seed", "position")
 
 WEIGHT_BITS = 42  # the most likely token weighs 2^42
+TEMPERATURES = (1e-30, 1e30)  # those beyond count as these
 MAX_VOCABULARY = 1 << 20  # so that the sum of weights fits into 63 bits
 
 Option = float | Tensor
@@ -286,23 +287,21 @@ _EXP2 = (
 )  # fmt: skip
 
 
-def weights(x: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
-    """Step 3: exp((x - best) / temperature) * 2^WEIGHT_BITS, rounded to int64. best and temperature are (N, 1).
+def relative_weights(x: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
+    """Step 3 before rounding: exp((x - best) / temperature), with best and temperature (N, 1).
 
     In float32 every operation is one IEEE operation in the order written, so that a kernel can repeat its bits.
     """
-    scale = (math.log2(math.e) / temperature).clamp(max=1e38).to(x.dtype)
+    scale = (math.log2(math.e) / temperature).to(x.dtype)
     exponent = ((x - best) * scale).clamp(min=-64.0)
     if x.dtype == torch.float64:
-        power = torch.exp2(exponent)
-    else:
-        whole = exponent.round()
-        fraction = exponent - whole
-        power = torch.full_like(x, _EXP2[0])
-        for coefficient in _EXP2[1:]:
-            power = power * fraction + coefficient
-        power = power * ((whole.to(torch.int32) + 127) << 23).view(torch.float32)
-    return (power.double() * 2.0**WEIGHT_BITS).round().long()
+        return torch.exp2(exponent)
+    whole = exponent.round()
+    fraction = exponent - whole
+    power = torch.full_like(x, _EXP2[0])
+    for coefficient in _EXP2[1:]:
+        power = power * fraction + coefficient
+    return power * ((whole.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def keys_of_rows(integers: Tensor, row: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,9 +327,10 @@ def reference(
     temperature, top_p, min_p = reals.expand(rows, -1)[:, :3].unsqueeze(-1).unbind(1)
     top_k = integers.expand(rows, -1)[:, :1]
     greedy = temperature == 0
-    temperature = torch.where(greedy, 1.0, temperature)
+    temperature = torch.where(greedy, 1.0, temperature.clamp(*TEMPERATURES))
     best = x.amax(-1, keepdim=True)
-    w = weights(x, best, temperature)
+    relative = relative_weights(x, best, temperature)
+    w = (relative.double() * 2.0**WEIGHT_BITS).round().long()
     ordered, order = x.sort(-1, descending=True)
 
     kth = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k) - 1
@@ -341,7 +341,7 @@ def reference(
     last = (cumulative >= needed.minimum(cumulative[:, -1:])).long().argmax(1, keepdim=True)
     kept &= greedy | (top_p == 1) | (x >= ordered.gather(1, last))
 
-    kept &= greedy | (w.double() >= min_p * 2.0**WEIGHT_BITS)
+    kept &= greedy | (relative.double() >= min_p)
 
     cumulative = torch.where(kept, w, 0).cumsum(1)
     total = cumulative[:, -1:]
@@ -371,7 +371,8 @@ def torch_eager(
     temperature, top_p, min_p = reals.expand(rows, -1)[:, :3].to(x.dtype).unsqueeze(-1).unbind(1)
     top_k = integers.expand(rows, -1)[:, :1]
     greedy = temperature == 0
-    scaled = torch.where(greedy, x, x / torch.where(greedy, 1.0, temperature))
+    best = x.amax(-1, keepdim=True)
+    scaled = (x - best) / torch.where(greedy, 1.0, temperature.clamp(*TEMPERATURES))
     ordered = scaled.sort(-1, descending=True).values
     kth = ordered.gather(1, torch.where((top_k == 0) | (top_k > vocab), vocab, top_k) - 1)
     kept = greedy | (scaled >= kth)
@@ -388,6 +389,54 @@ def torch_eager(
     drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=vocab - 1)
     token = torch.where(greedy, x.argmax(1, keepdim=True), drawn)
     return token.squeeze(1), log_p.gather(1, token).squeeze(1).float()
+
+
+# --- CPU ---
+
+
+def _cpu(
+    logits: Tensor,
+    reals: Tensor,
+    integers: Tensor,
+    row: Tensor | None,
+    previous: Tensor | None,
+    logit_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows, vocab = logits.shape
+    _check_values(reals, integers, row, previous, vocab)
+    token = logits.new_empty(rows, dtype=torch.int64)
+    log_prob = logits.new_empty(rows, dtype=torch.float32)
+    if not rows:
+        return token, log_prob
+    x, logits_stride = as_rows(logits)
+    bias, bias_stride = (None, 0) if logit_bias is None else as_rows(logit_bias)
+    reals, integers = reals.contiguous(), integers.contiguous()
+    row = None if row is None else row.contiguous()
+    previous = None if previous is None else previous.contiguous()
+    try:
+        _C.cpu.sample(
+            token=pointer(token),
+            log_prob=pointer(log_prob),
+            logits=pointer(x),
+            reals=pointer(reals),
+            integers=pointer(integers),
+            row=pointer(row),
+            previous=pointer(previous),
+            logit_bias=pointer(bias),
+            rows=rows,
+            vocab=vocab,
+            previous_count=0 if previous is None else previous.shape[1],
+            logits_stride=logits_stride,
+            bias_stride=bias_stride,
+            option_step=int(reals.shape[0] > 1),
+            key_step=int(integers.shape[0] > 1),
+            row_step=int(row is not None and row.shape[0] > 1),
+            dtype=DTYPES[logits.dtype],
+        )
+    except ValueError:
+        adjusted_logits(logits, reals, previous, logit_bias)  # says which argument, row and value it was
+        raise
+    return token, log_prob
 
 
 # --- registration ---
@@ -409,7 +458,7 @@ _op = registry.define(
     "sample",
     "(Tensor logits, Tensor reals, Tensor integers, Tensor? row, Tensor? previous, Tensor? logit_bias)"
     " -> (Tensor, Tensor)",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
 )
-registry.owner("sample", "cpu", "reference", "the kernel is on its way")
+registry.owner("sample", "cpu", "cpu", "thresholds by radix selection, no sort; the same token as the reference")
