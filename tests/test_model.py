@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -81,14 +82,22 @@ def loss_and_gradients(model, tokens, targets):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("ops", ["reference", "fused"])
 def test_loss_and_every_gradient_within_the_budget(config, dtype, ops):
-    model = make(config, dtype=dtype)
-    tokens, targets = batch(config)
-    exact = loss_and_gradients(with_ops(model, "reference").double(), tokens, targets)
-    plain = loss_and_gradients(with_ops(model, "torch"), tokens, targets)
-    actual = loss_and_gradients(with_ops(model, ops), tokens, targets)
-    for name, value in actual.items():
-        assert value.dtype == plain[name].dtype
-        error, budget = error_and_budget(value, plain[name], exact[name])
+    """Eight models and batches are one sample: among the 48 numbers of one norm's gradient, the largest error of one
+    run and of another differ by a factor of two by luck alone."""
+    exact, plain, actual = defaultdict(list), defaultdict(list), defaultdict(list)
+    for seed in range(8):
+        model = make(config, dtype=dtype, seed=seed)
+        tokens, targets = batch(config, seed=seed)
+        for into, variant in (
+            (exact, with_ops(model, "reference").double()),
+            (plain, with_ops(model, "torch")),
+            (actual, with_ops(model, ops)),
+        ):
+            for name, value in loss_and_gradients(variant, tokens, targets).items():
+                into[name].append(value)
+    for name, values in actual.items():
+        assert {v.dtype for v in values} == {dtype}
+        error, budget = error_and_budget(*(torch.stack(v) for v in (values, plain[name], exact[name])))
         assert error <= budget, f"{name}: error {error:.3e} is over the budget {budget:.3e}"
 
 
