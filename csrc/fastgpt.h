@@ -199,6 +199,88 @@ struct Sample {
                  logits_stride, bias_stride, option_step, key_step, row_step, dtype)
 };
 
+// Turns the pairs of each head's first `rotated` dims by their position's angle: (x1, x2) -> (x1 cos - x2 sin,
+// x2 cos + x1 sin), or by the opposite angle. Dims have unit stride.
+struct Rotary {
+  void* y;                // [B, H, T, D]
+  const void* x;          // [B, H, T, D]
+  const void* cos;        // [max_len, rotated / 2]
+  const void* sin;        // [max_len, rotated / 2]
+  const int64_t* starts;  // [B] position of each batch row's first token, or null: `start` for all
+  int64_t start, batch, heads, length, dim, rotated, max_len;
+  int64_t x_strides[3], y_strides[3];  // of B, H, T, in elements
+  bool interleaved;       // pairs are (2i, 2i + 1), not (i, i + rotated / 2)
+  bool inverse;
+  DType dtype;            // of x, y
+  DType table_dtype;      // of cos, sin: dtype or f32
+  FASTGPT_FIELDS(y, x, cos, sin, starts, start, batch, heads, length, dim, rotated, max_len, x_strides, y_strides,
+                 interleaved, inverse, dtype, table_dtype)
+};
+
+// y[n, t] = weight[token[n, t]] + position_weight[start + t] for N sequences of T tokens.
+struct EmbeddingForward {
+  void* y;                      // [N, T, C]
+  const void* tokens;           // [N, T] int64, or int32 if not wide_tokens
+  const void* weight;           // [V, C], rows weight_stride apart
+  const void* position_weight;  // [positions, C], rows position_stride apart; or null
+  const int64_t* starts;        // [N / sequences_per_start], or null: `start` for all
+  int64_t start, sequences, sequences_per_start, length, width, vocabulary, positions;
+  int64_t weight_stride, position_stride;
+  bool wide_tokens;
+  DType dtype;
+  FASTGPT_FIELDS(y, tokens, weight, position_weight, starts, start, sequences, sequences_per_start, length, width,
+                 vocabulary, positions, weight_stride, position_stride, wide_tokens, dtype)
+};
+
+// Gradients of EmbeddingForward: each row is the sum over its tokens, in token order.
+struct EmbeddingBackward {
+  void* dweight;                // [V, C] or null
+  void* dposition_weight;       // [positions, C] or null
+  const void* dy;               // [N, T, C], rows dy_stride apart
+  const void* tokens;           // [N, T]
+  const int64_t* starts;        // as in EmbeddingForward
+  int64_t start, sequences, sequences_per_start, length, width, vocabulary, positions, dy_stride;
+  int64_t padding;              // this row of dweight is zero; -1: none
+  bool scale_grad_by_freq;      // the mean over its tokens instead of the sum, for dweight
+  bool wide_tokens;
+  DType dtype;
+  FASTGPT_FIELDS(dweight, dposition_weight, dy, tokens, starts, start, sequences, sequences_per_start, length, width,
+                 vocabulary, positions, dy_stride, padding, scale_grad_by_freq, wide_tokens, dtype)
+};
+
+// One AdamW step over `count` tensors, in place; csrc/cpu/adamw.cpp has the formulas.
+struct AdamW {
+  void* const* params;
+  const void* const* grads;
+  float* const* exp_avgs;
+  float* const* exp_avg_sqs;
+  float* const* masters;        // per tensor: its float32 copy, which the parameter is rounded from, or null
+  const int64_t* sizes;         // elements of each tensor
+  const DType* param_dtypes;
+  const DType* grad_dtypes;
+  int64_t count;
+  float* norm;                  // out: the norm of all gradients / grad_scale, before clipping
+  const float* total_norm;      // clip by this norm instead, or null
+  int64_t step;
+  double lr, beta1, beta2, eps, weight_decay;
+  double max_norm;              // <= 0: no clipping
+  double grad_scale;            // gradients are divided by this
+  bool maximize;
+  FASTGPT_FIELDS(params, grads, exp_avgs, exp_avg_sqs, masters, sizes, param_dtypes, grad_dtypes, count, norm,
+                 total_norm, step, lr, beta1, beta2, eps, weight_decay, max_norm, grad_scale, maximize)
+};
+
+// norm = sqrt(sum of squares of all gradients) / grad_scale.
+struct GradNorm {
+  float* norm;
+  const void* const* grads;
+  const int64_t* sizes;
+  const DType* grad_dtypes;
+  int64_t count;
+  double grad_scale;
+  FASTGPT_FIELDS(norm, grads, sizes, grad_dtypes, count, grad_scale)
+};
+
 }  // namespace fastgpt
 
 // Every kernel: X(entry, parameters).
@@ -213,4 +295,9 @@ struct Sample {
   X(swiglu_backward, SwigluBackward)              \
   X(cross_entropy_forward, CrossEntropyForward)   \
   X(cross_entropy_backward, CrossEntropyBackward) \
-  X(sample, Sample)
+  X(sample, Sample)                               \
+  X(rotary, Rotary)                               \
+  X(embedding_forward, EmbeddingForward)          \
+  X(embedding_backward, EmbeddingBackward)        \
+  X(adamw, AdamW)                                 \
+  X(grad_norm, GradNorm)

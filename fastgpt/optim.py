@@ -140,7 +140,7 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=high)
             if p.dtype != high:
                 state["master"] = p.detach().to(high)
-        return int(state["step"])
+        return int(state["step"].item())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state_dict of this class or of torch.optim.AdamW; a missing ``master`` starts from the parameter.

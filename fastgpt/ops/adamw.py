@@ -12,6 +12,7 @@ clipped in memory. ``grad_norm`` belongs to this operator: the norm alone, for a
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw  # torch.optim hides its module adamw
 
 from fastgpt.ops import checks, registry
-from fastgpt.ops.native import unsupported_dtype
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -75,7 +76,7 @@ def adamw(
     if total_norm is not None and max_norm is None:
         raise ValueError("adamw: total_norm is given without max_norm, so there is nothing to clip to")
     device = params[0].device if params else torch.device("cpu")
-    refusal = _refusal(params, grads, exp_avgs, exp_avg_sqs, masters)
+    refusal = _refusal(params, exp_avgs, exp_avg_sqs, masters)
     chosen = registry.resolve("adamw", backend, device, refusal)
     if not params:
         return torch.zeros(()) if total_norm is None else total_norm.detach().clone()
@@ -121,14 +122,40 @@ def check_options(
         raise ValueError(f"adamw: max_norm={max_norm}; it must be > 0, or None for no clipping")
 
 
+# The dtype of a parameter's averages and master.
+_STATE = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in checks.FLOATING}
+
+
 def _dense(name: str, tensor: Tensor) -> None:
     if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
         raise TypeError(f"adamw: {name} is {tensor.layout}; only dense tensors are taken")
     checks.floating("adamw", name, tensor)
 
 
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+def _fits(tensor: Tensor | None, param: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in dtypes
+        and tensor.shape == param.shape
+        and tensor.device == param.device
+        and tensor.layout == torch.strided
+    )
+
+
+def _explain_misfit(
+    name: str, tensor: Tensor | None, param_name: str, param: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raises the error for a tensor that does not fit."""
+    _dense(name, tensor)  # type: ignore[arg-type]  # refuses None
+    assert tensor is not None
+    if tensor.shape != param.shape:
+        raise ValueError(f"adamw: {name} has shape {tuple(tensor.shape)}; {param_name} has {tuple(param.shape)}")
+    if tensor.device != param.device:
+        raise ValueError(f"adamw: {name} is on {tensor.device}, but {param_name} is on {param.device}")
+    if not dtypes:
+        raise TypeError(f"adamw: {param_name} is {param.dtype} and takes no master: {name} must be None")
+    allowed = " or ".join(str(d) for d in dict.fromkeys(dtypes))
+    raise TypeError(f"adamw: {name} is {tensor.dtype}; for a parameter of {param.dtype} it must be {allowed}")
 
 
 def _check(
@@ -140,55 +167,41 @@ def _check(
     total_norm: Tensor | None,
 ) -> list[Tensor]:
     """Checks the lists against each other; returns the masters with an empty tensor in place of None."""
-    lists: dict[str, Sequence[Tensor | None]] = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if master_params is not None:
-        lists["master_params"] = master_params
+    masters: Sequence[Tensor | None] = [None] * len(params) if master_params is None else master_params
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "master_params": masters}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"adamw: {name} has {len(tensors)} tensors; it must have {len(params)}, as params has")
-    for i, param in enumerate(params):
-        _dense(f"params[{i}]", param)
+    for i, (param, *others) in enumerate(zip(params, *lists.values(), strict=True)):
+        if not (isinstance(param, Tensor) and param.dtype in _STATE and param.layout == torch.strided):
+            _dense(f"params[{i}]", param)
         if param.device != params[0].device:
             raise ValueError(f"adamw: params[{i}] is on {param.device}, but params[0] is on {params[0].device}")
-        state = _state_dtype(param)
-        for name, tensors in lists.items():
-            tensor = tensors[i]
-            if tensor is None and name == "master_params":
-                continue
-            _dense(f"{name}[{i}]", tensor)  # type: ignore[arg-type]  # None is refused there
-            assert tensor is not None
-            if tensor.shape != param.shape:
-                raise ValueError(
-                    f"adamw: {name}[{i}] has shape {tuple(tensor.shape)}; params[{i}] has {tuple(param.shape)}"
-                )
-            if tensor.device != param.device:
-                raise ValueError(f"adamw: {name}[{i}] is on {tensor.device}, but params[{i}] is on {param.device}")
-            if name == "master_params" and param.dtype == state:
-                raise TypeError(
-                    f"adamw: params[{i}] is {param.dtype} and takes no master: master_params[{i}] must be None"
-                )
-            if tensor.dtype != state and not (name == "grads" and tensor.dtype == param.dtype):
-                also = f" or {param.dtype}" if name == "grads" and param.dtype != state else ""
-                raise TypeError(
-                    f"adamw: {name}[{i}] is {tensor.dtype}; for a parameter of {param.dtype} it must be {state}{also}"
-                )
+        state = _STATE[param.dtype]
+        dtypes = ((param.dtype, state), (state,), (state,), () if param.dtype == state else (state,))
+        for name, tensor, allowed in zip(lists, others, dtypes, strict=True):
+            if not _fits(tensor, param, allowed) and not (tensor is None and name == "master_params"):
+                _explain_misfit(f"{name}[{i}]", tensor, f"params[{i}]", param, allowed)
     if total_norm is not None and (total_norm.dim() != 0 or (params and total_norm.device != params[0].device)):
         raise ValueError(
             f"adamw: total_norm has shape {tuple(total_norm.shape)} and is on {total_norm.device}; it must be 0-d, on "
             "the parameters' device"
         )
     none = params[0].new_empty(0, dtype=torch.float32) if params else torch.empty(0)
-    return [none if master is None else master for master in master_params or [None] * len(params)]
+    return [none if master is None else master for master in masters]
 
 
 def _refusal(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor],
+    params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], masters: Sequence[Tensor]
 ) -> str | None:
     """Why the fused kernel does not take these tensors, or None."""
+    for i, (p, m, v, master) in enumerate(zip(params, exp_avgs, exp_avg_sqs, masters, strict=True)):
+        if p.is_contiguous() and m.is_contiguous() and v.is_contiguous() and master.is_contiguous():
+            continue
+        # An elementwise update takes any order of elements in memory, but it must be one order, without holes.
+        state = (m, v, master) if master.shape == p.shape else (m, v)
+        if torch.empty_like(p).stride() != p.stride() or any(s.stride() != p.stride() for s in state):
+            return f"memory with holes, or a state laid out unlike its parameter (params[{i}])"
     return unsupported_dtype(*params)
 
 
@@ -214,7 +227,7 @@ def torch_eager(
 ) -> Tensor:
     """torch.optim's function and clip_grad_norm_'s formula, on copies of the gradients."""
     work = [
-        p if p.dtype == m.dtype else (master if master.numel() == p.numel() else p.to(m.dtype))
+        p if p.dtype == m.dtype else (master if master.numel() else p.to(m.dtype))
         for p, m, master in zip(params, exp_avgs, masters, strict=True)
     ]
     scaled = [g.to(m.dtype) / grad_scale for g, m in zip(grads, exp_avgs, strict=True)]
@@ -285,13 +298,105 @@ def reference(
     step_size = lr / (1 - beta1**step)
     root_correction = math.sqrt(1 - beta2**step)
     for param, grad, m, v, master in zip(params, grads, exp_avgs, exp_avg_sqs, masters, strict=True):
-        p = master if master.numel() == param.numel() else accumulate(param)
+        if not param.numel():
+            continue
+        p = master if master.numel() else accumulate(param)
         g = accumulate(grad) * factor
         m.mul_(beta1).add_(g * (1 - beta1))
         v.mul_(beta2).add_(g.square() * (1 - beta2))
         p.mul_(1 - lr * weight_decay).sub_(step_size * m / (v.sqrt() / root_correction + eps))
         if p is not param:
             param.copy_(p)
+    return norm
+
+
+# --- CPU ---
+
+
+def _addresses(tensors: Sequence[Tensor]) -> array[int]:
+    """A C array of pointers; a tensor without elements gives null."""
+    return array("Q", [t.data_ptr() for t in tensors])
+
+
+def _address(items: array[int]) -> int:
+    return items.buffer_info()[0]
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> array[int]:
+    return array("i", [DTYPES[t.dtype] for t in tensors])
+
+
+def _sizes(tensors: Sequence[Tensor]) -> array[int]:
+    return array("q", [t.numel() for t in tensors])
+
+
+def _cpu_norm(grads: Sequence[Tensor], grad_scale: float) -> Tensor:
+    grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
+    norm = grads[0].new_empty((), dtype=torch.float32)
+    pointers, sizes, dtypes = _addresses(grads), _sizes(grads), _dtypes(grads)
+    _C.cpu.grad_norm(
+        norm=norm.data_ptr(),
+        grads=_address(pointers),
+        sizes=_address(sizes),
+        grad_dtypes=_address(dtypes),
+        count=len(grads),
+        grad_scale=grad_scale,
+    )
+    return norm
+
+
+def _cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    total_norm: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_norm: float | None,
+    grad_scale: float,
+    maximize: bool,
+) -> Tensor:
+    grads = [
+        g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
+        for p, g in zip(params, grads, strict=True)
+    ]
+    norm = params[0].new_empty((), dtype=torch.float32)
+    total = None if total_norm is None else total_norm.float()
+    lists = [_addresses(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, masters)]
+    changed = [address for i in (0, 2, 3, 4) for address in lists[i] if address]
+    if len(set(changed)) != len(changed):
+        raise ValueError("adamw: two of the tensors to change are the same memory; each must be its own")
+    sizes, param_dtypes, grad_dtypes = _sizes(params), _dtypes(params), _dtypes(grads)
+    _C.cpu.adamw(
+        params=_address(lists[0]),
+        grads=_address(lists[1]),
+        exp_avgs=_address(lists[2]),
+        exp_avg_sqs=_address(lists[3]),
+        masters=_address(lists[4]),
+        sizes=_address(sizes),
+        param_dtypes=_address(param_dtypes),
+        grad_dtypes=_address(grad_dtypes),
+        count=len(params),
+        norm=norm.data_ptr(),
+        total_norm=pointer(total),
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        max_norm=0.0 if max_norm is None else max_norm,
+        grad_scale=grad_scale,
+        maximize=maximize,
+    )
+    # Autograd must notice that these have changed.
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
     return norm
 
 
@@ -311,12 +416,13 @@ _op = registry.define(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters,"
     " Tensor? total_norm, SymInt step, float lr, float beta1, float beta2, float eps, float weight_decay,"
     " float? max_norm, float grad_scale, bool maximize) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
 )
 _op_norm = registry.define(
     "grad_norm",
     "(Tensor[] grads, float grad_scale) -> Tensor",
-    {"reference": reference_norm},
+    {"reference": reference_norm, "cpu": _cpu_norm},
     _fake_norm,
 )
+registry.owner("adamw", "cpu", "cpu", "all tensors in one call; the norm and clipping without writing gradients")

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, positions, registry
-from fastgpt.ops.native import unsupported_dtype
-from fastgpt.ops.numerics import accumulate
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops.numerics import accumulate, as_rows
 
-NO_PADDING = -1
+NO_PADDING = -1  # of padding
+NOT_WANTED = -1  # of vocabulary and positions in the backward: leaves that gradient out
 
 
 def embedding(
@@ -129,9 +130,13 @@ def _position_rows(position_weight: Tensor, input: Tensor, starts: Tensor | None
     length = input.shape[-1]
     if starts is None:
         return position_weight[start : start + length]
-    positions.in_range("embedding", "position_offset", starts, length, position_weight.shape[0], "position_weight")
+    _check_starts(input, starts, position_weight.shape[0])
     rows = position_weight[starts[:, None] + torch.arange(length, device=input.device)]
     return rows.reshape(input.shape[0], *(1,) * (input.dim() - 2), length, -1)
+
+
+def _check_starts(input: Tensor, starts: Tensor, position_rows: int) -> None:
+    positions.in_range("embedding", "position_offset", starts, input.shape[-1], position_rows, "position_weight")
 
 
 def _check_tokens(input: Tensor, vocabulary: int) -> None:
@@ -168,25 +173,124 @@ def reference_backward(
     padding: int,
     scale_grad_by_freq: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dweight, dposition_weight); ``vocabulary`` = 0 or ``positions`` = 0 leaves that gradient out."""
+    """(dweight, dposition_weight); where not wanted, empty."""
     width = dy.shape[-1]
     dweight = dposition = dy.new_empty(0)
-    if vocabulary:
-        token, d = input.flatten().long(), accumulate(dy).reshape(-1, width)
+    if vocabulary != NOT_WANTED:
+        token, d = input.flatten().long(), accumulate(dy).reshape(input.numel(), width)
         if scale_grad_by_freq:
             d = d / token.bincount(minlength=vocabulary)[token, None]
         dweight = d.new_zeros(vocabulary, width).index_add_(0, token, d)
         if padding != NO_PADDING:
             dweight[padding] = 0
         dweight = dweight.to(dy.dtype)
-    if positions:
+    if positions != NOT_WANTED:
         length = input.shape[-1]
-        position = start + torch.arange(length, device=input.device)
-        if starts is not None:
-            position = position + starts.reshape(-1, *(1,) * (input.dim() - 1))
+        first = start if starts is None else starts.reshape(-1, *(1,) * (input.dim() - 1))
+        position = first + torch.arange(length, device=input.device)
         position = position.expand(input.shape).flatten()
-        d = accumulate(dy).reshape(-1, width)
+        d = accumulate(dy).reshape(input.numel(), width)
         dposition = d.new_zeros(positions, width).index_add_(0, position, d).to(dy.dtype)
+    return dweight, dposition
+
+
+# --- CPU ---
+
+
+def _sequences(input: Tensor, starts: Tensor | None, start: int) -> dict[str, Any]:
+    """The fields of the kernels that say which tokens and positions there are."""
+    length = input.shape[-1] if input.dim() else 1
+    sequences = input.numel() // length
+    return {
+        "tokens": input.data_ptr(),
+        "starts": pointer(starts),
+        "start": start,
+        "sequences": sequences,
+        "sequences_per_start": 1 if starts is None else sequences // starts.numel(),
+        "length": length,
+        "wide_tokens": input.dtype == torch.int64,
+    }
+
+
+def _explain_bad_index(input: Tensor, vocabulary: int, starts: Tensor | None, position_rows: int) -> None:
+    """Raises what the kernel found, in the caller's terms."""
+    _check_tokens(input, vocabulary)
+    if starts is not None:
+        _check_starts(input, starts, position_rows)
+
+
+def _cpu(
+    input: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None,
+    starts: Tensor | None,
+    start: int,
+    padding: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    vocabulary, width = weight.shape
+    y = weight.new_empty(*input.shape, width)
+    if not y.numel():
+        return reference(input, weight, position_weight, starts, start, padding, scale_grad_by_freq)
+    input = input.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    weight, weight_stride = as_rows(weight)
+    position_stride = 0
+    if position_weight is not None:
+        position_weight, position_stride = as_rows(position_weight)
+    position_rows = 0 if position_weight is None else position_weight.shape[0]
+    try:
+        _C.cpu.embedding_forward(
+            y=y.data_ptr(),
+            weight=weight.data_ptr(),
+            position_weight=pointer(position_weight),
+            **_sequences(input, starts, start),
+            width=width,
+            vocabulary=vocabulary,
+            positions=position_rows,
+            weight_stride=weight_stride,
+            position_stride=position_stride,
+            dtype=DTYPES[weight.dtype],
+        )
+    except IndexError:
+        _explain_bad_index(input, vocabulary, starts, position_rows)
+        raise
+    return y
+
+
+def _cpu_backward(
+    dy: Tensor,
+    input: Tensor,
+    starts: Tensor | None,
+    start: int,
+    vocabulary: int,
+    positions: int,
+    padding: int,
+    scale_grad_by_freq: bool,
+) -> tuple[Tensor, Tensor]:
+    if not dy.numel():
+        return reference_backward(dy, input, starts, start, vocabulary, positions, padding, scale_grad_by_freq)
+    dweight, dposition = _fake_backward(dy, input, starts, start, vocabulary, positions, padding, scale_grad_by_freq)
+    dy, dy_stride = as_rows(dy)
+    input = input.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    try:
+        _C.cpu.embedding_backward(
+            dweight=None if vocabulary == NOT_WANTED else pointer(dweight),
+            dposition_weight=None if positions == NOT_WANTED else pointer(dposition),
+            dy=dy.data_ptr(),
+            **_sequences(input, starts, start),
+            width=dy.shape[-1],
+            vocabulary=vocabulary,
+            positions=positions,
+            dy_stride=dy_stride,
+            padding=padding,
+            scale_grad_by_freq=scale_grad_by_freq,
+            dtype=DTYPES[dy.dtype],
+        )
+    except IndexError:
+        _explain_bad_index(input, vocabulary, starts, positions)
+        raise
     return dweight, dposition
 
 
@@ -217,8 +321,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     none, width = dy.new_empty(0), dy.shape[-1]
     return (
-        dy.new_empty(vocabulary, width) if vocabulary else none,
-        dy.new_empty(positions, width) if positions else none,
+        none if vocabulary == NOT_WANTED else dy.new_empty(vocabulary, width),
+        none if positions == NOT_WANTED else dy.new_empty(positions, width),
     )
 
 
@@ -237,7 +341,7 @@ class _Embedding(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, starts)
         ctx.vocabulary = weight.shape[0]
-        ctx.positions = 0 if position_weight is None else position_weight.shape[0]
+        ctx.positions = NOT_WANTED if position_weight is None else position_weight.shape[0]
         ctx.options = (padding, scale_grad_by_freq, backend)
         ctx.start = start
         return registry.below_autograd(
@@ -247,17 +351,18 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         input, starts = ctx.saved_tensors
-        vocabulary = ctx.vocabulary if ctx.needs_input_grad[1] else 0
-        positions = ctx.positions if ctx.needs_input_grad[2] else 0
+        weight_wanted, position_wanted = ctx.needs_input_grad[1:3]
+        vocabulary = ctx.vocabulary if weight_wanted else NOT_WANTED
+        positions = ctx.positions if position_wanted else NOT_WANTED
         dweight, dposition = _op_backward(dy, input, starts, ctx.start, vocabulary, positions, *ctx.options)
-        return None, dweight if vocabulary else None, dposition if positions else None, *(None,) * 5
+        return None, dweight if weight_wanted else None, dposition if position_wanted else None, *(None,) * 5
 
 
 _op = registry.define(
     "embedding",
     "(Tensor input, Tensor weight, Tensor? position_weight, Tensor? starts, SymInt start, int padding,"
     " bool scale_grad_by_freq) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _Embedding,
 )
@@ -265,6 +370,7 @@ _op_backward = registry.define(
     "embedding_backward",
     "(Tensor dy, Tensor input, Tensor? starts, SymInt start, SymInt vocabulary, SymInt positions, int padding,"
     " bool scale_grad_by_freq) -> (Tensor, Tensor)",
-    {"reference": reference_backward},
+    {"reference": reference_backward, "cpu": _cpu_backward},
     _fake_backward,
 )
+registry.owner("embedding", "cpu", "cpu", "token and position rows in one pass; sorted, deterministic backward")

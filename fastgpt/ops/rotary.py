@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import checks, positions, registry
-from fastgpt.ops.native import unsupported_dtype
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -183,6 +183,62 @@ def _empty(x: Tensor, transposed: bool) -> Tensor:
     return x.new_empty(*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1]).transpose(-3, -2)
 
 
+# --- CPU ---
+
+
+def _as_heads(x: Tensor) -> Tensor:
+    """As (B, H, T, D), a view if the leading dimensions allow it; (B, T, D) has one head."""
+    if x.dim() == 2:
+        return x[None, None]
+    return x.unsqueeze(1) if x.dim() == 3 else x.flatten(0, -4)
+
+
+def _cpu(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    start: int,
+    interleaved: bool,
+    inverse: bool,
+    transposed: bool,
+) -> Tensor:
+    y = _empty(x, transposed)
+    if not x.numel():
+        return y
+    y4 = _as_heads(y)
+    x4 = _as_heads(x if x.stride(-1) == 1 else x.contiguous())
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batch, heads, length, dim = x4.shape
+    rows = None if starts is None else starts.contiguous().repeat_interleave(batch // starts.numel())
+    try:
+        _C.cpu.rotary(
+            y=y4.data_ptr(),
+            x=x4.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            starts=pointer(rows),
+            start=start,
+            batch=batch,
+            heads=heads,
+            length=length,
+            dim=dim,
+            rotated=2 * cos.shape[1],
+            max_len=cos.shape[0],
+            x_strides=x4.stride()[:3],
+            y_strides=y4.stride()[:3],
+            interleaved=interleaved,
+            inverse=inverse,
+            dtype=DTYPES[x.dtype],
+            table_dtype=DTYPES[cos.dtype],
+        )
+    except IndexError:  # say it in the caller's terms
+        if starts is not None:
+            positions.in_range("rotary", "offsets", starts, length, cos.shape[0], "cos")
+        raise
+    return y
+
+
 # --- registration ---
 
 
@@ -232,7 +288,8 @@ _op = registry.define(
     "rotary",
     "(Tensor x, Tensor cos, Tensor sin, Tensor? starts, SymInt start, bool interleaved, bool inverse, bool transposed)"
     " -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _Rotary,
 )
+registry.owner("rotary", "cpu", "cpu", "one pass through any strides; the transposition to (B, H, T, D) comes free")

@@ -1,0 +1,283 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastgpt
+from fastgpt import ops
+from tests.ops import harness
+
+BACKENDS = harness.backends("embedding")
+# (input's shape, V, C, P)
+SHAPES = [
+    ((5, 41), 123, 123, 50),
+    ((3, 17), 11, 768, 17),
+    ((1, 1), 1, 1, 1),
+    ((2, 3, 5), 7, 33, 9),
+    ((9,), 20, 130, 12),
+]
+
+
+def make(shape, vocabulary, width, positions=None, index=torch.int64):
+    tensors = {
+        "input": torch.randint(0, vocabulary, shape, dtype=index),
+        "weight": torch.randn(vocabulary, width, dtype=torch.float64).requires_grad_(),
+    }
+    if positions is not None:
+        tensors["position_weight"] = torch.randn(positions, width, dtype=torch.float64).requires_grad_()
+    return tensors
+
+
+def runner(offset=0, **options):
+    def run(backend, **t):
+        position = {"position_offset": offset} if "position_weight" in t else {}
+        return ops.embedding(**t, **position, **options, backend=backend)
+
+    return run
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, index, dtype, backend):
+    shape, vocabulary, width, positions = shape
+    harness.check(runner(), make(shape, vocabulary, width, None, index), dtype, backend)
+    spare = positions - shape[-1]
+    harness.check(runner(spare), make(shape, vocabulary, width, positions, index), dtype, backend)
+    if len(shape) > 1:
+        offsets = torch.randint(0, spare + 1, shape[:1])
+        harness.check(runner(offsets), make(shape, vocabulary, width, positions, index), dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+def test_every_instruction_set(isa, dtype):
+    for width in (1, 30, 200):
+        harness.check(runner(2), make((4, 9), 13, width, 12), dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding_idx", [None, 0, 3, -1, -6])
+@pytest.mark.parametrize("by_frequency", [False, True])
+def test_padding_and_frequency(padding_idx, by_frequency, backend):
+    run = runner(1, padding_idx=padding_idx, scale_grad_by_freq=by_frequency)
+    harness.check(run, make((4, 9), 6, 20, 10), torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_the_padding_row_is_zero(backend):
+    weight = torch.randn(5, 8, requires_grad=True)
+    ops.embedding(torch.tensor([1, 3, 3, 4]), weight, -2, backend=backend).sum().backward()
+    assert torch.equal(weight.grad.sum(1), torch.tensor([0.0, 8, 0, 0, 8]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
+def test_max_norm_scales_the_weight_in_place(norm_type, backend):
+    tokens, weight = torch.tensor([[1, 3], [3, 0]]), torch.randn(5, 8)
+    expected_weight = weight.clone()
+    expected = F.embedding(tokens, expected_weight, None, 0.7, norm_type)
+    assert torch.equal(ops.embedding(tokens, weight, None, 0.7, norm_type, backend=backend), expected)
+    assert torch.equal(weight, expected_weight)
+    assert weight[1].norm(norm_type) <= 0.7 + 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(backend):
+    for _, view in harness.layouts(torch.randn(12, 40, dtype=torch.float64)):
+        tensors = {**make((3, 7), 12, 40, 12), "weight": view.detach().requires_grad_()}
+        harness.check(runner(), tensors, torch.float32, backend)
+        tensors = {**make((3, 7), 12, 40, 12), "position_weight": view.detach().requires_grad_()}
+        harness.check(runner(), tensors, torch.float32, backend)
+    tensors = {**make((3, 7), 12, 40, 12), "input": torch.randint(0, 12, (7, 3)).T}
+    harness.check(runner(torch.tensor([0, 5, 1, 2])[::2][:1].expand(3)), tensors, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_strided_gradient(backend):
+    tokens, weight = torch.randint(0, 9, (4, 6)), torch.randn(9, 10, requires_grad=True)
+    upstream = torch.randn(10, 6, 4).permute(2, 1, 0)
+    (ours,) = torch.autograd.grad(ops.embedding(tokens, weight, backend=backend), weight, upstream)
+    (expected,) = torch.autograd.grad(F.embedding(tokens, weight), weight, upstream)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e4, 1e-20, 1e-40])
+def test_extreme_scales(scale, backend):
+    tensors = make((4, 9), 6, 20, 10)
+    with torch.no_grad():
+        tensors["weight"] *= scale
+        tensors["position_weight"] *= scale
+    harness.check(runner(), tensors, torch.float32, backend)
+
+
+def test_low_precision_gradients_are_summed_in_float32():
+    tokens, weight = torch.zeros(4096, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
+    for backend in BACKENDS:
+        (gradient,) = torch.autograd.grad(ops.embedding(tokens, weight, backend=backend).sum(), weight)
+        assert torch.equal(gradient[0], torch.full((8,), 4096, dtype=torch.bfloat16)), backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("shape", "vocabulary", "width"), [((0, 4), 5, 6), ((3, 0), 5, 6), ((2, 3), 5, 0), ((0,), 0, 3)]
+)
+def test_empty(shape, vocabulary, width, backend):
+    tensors = make((1,), 1, 1)
+    tensors["input"] = torch.zeros(shape, dtype=torch.int64)
+    tensors["weight"] = torch.randn(vocabulary, width, dtype=torch.float64).requires_grad_()
+    harness.check(runner(), tensors, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_token(backend):
+    harness.check(runner(), make((), 5, 6), torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", ["weight", "position_weight"])
+def test_only_one_gradient_is_wanted(wanted, backend):
+    tensors = make((3, 4), 5, 6, 4)
+    for name in ("weight", "position_weight"):
+        tensors[name].requires_grad_(name == wanted)
+    harness.check(runner(), tensors, torch.float32, backend)
+
+
+@pytest.mark.parametrize("offset", [2, torch.tensor([0, 4])])
+def test_gradcheck_of_the_formula(offset):
+    t = make((2, 3), 5, 4, 7)
+    assert torch.autograd.gradcheck(
+        lambda weight, position: runner(offset)("reference", input=t["input"], weight=weight, position_weight=position),
+        (t["weight"], t["position_weight"]),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registration(backend):
+    tokens, weight, position = torch.randint(0, 7, (2, 5)), torch.randn(7, 6), torch.randn(9, 6)
+    for starts in (None, torch.tensor([1, 3])):
+        arguments = (tokens, weight.requires_grad_(), position.requires_grad_(), starts, 2, 3, False, backend)
+        harness.opcheck("embedding", arguments)
+        harness.opcheck("embedding_backward", (torch.randn(2, 5, 6), tokens, starts, 2, 7, 9, 3, True, backend))
+    harness.opcheck("embedding", (tokens, weight, None, None, 0, -1, False, backend))
+    harness.opcheck("embedding_backward", (torch.randn(2, 5, 6), tokens, None, 0, 7, -1, -1, False, backend))
+
+
+def test_compiles_without_graph_breaks():
+    t = harness.cast(make((4, 9), 13, 16, 12), torch.float32)
+    run = runner(2)
+    compiled = torch.compile(lambda **t: run("cpu", **t), fullgraph=True, backend="aot_eager")
+    upstream = [torch.randn(4, 9, 16)]
+    eager = harness.run_with_gradients(run, "cpu", t, upstream)
+    graph = harness.run_with_gradients(lambda _, **t: compiled(**t), "cpu", t, upstream)
+    harness.assert_same_bits([[*eager[0], *eager[1].values()], [*graph[0], *graph[1].values()]], "compiled differs")
+
+
+def test_bits_do_not_depend_on_threads(restore_threads):
+    t = harness.cast(make((8, 100), 300, 200, 120), torch.float32)
+    t["input"] = (torch.rand(8, 100) ** 4 * 300).long()  # a few tokens make up most of the text
+    upstream = [torch.randn(8, 100, 200)]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outputs, gradients = harness.run_with_gradients(runner(7), "cpu", t, upstream)
+        results.append([*outputs, *gradients.values()])
+    harness.assert_same_bits(results, "the thread count changes the result")
+
+
+def test_float64_goes_to_the_reference_openly():
+    t = make((2, 3), 5, 4)
+    ops.embedding(**t)
+    assert any(name == "embedding" and "float64" in why for name, why in fastgpt.fallbacks())
+    with fastgpt.strict(), pytest.raises(fastgpt.FallbackError, match=r"embedding.*float64"):
+        ops.embedding(**t)
+
+
+def test_sparse_gradients_come_from_torch_alone():
+    tokens, weight = torch.tensor([1, 2]), torch.randn(5, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"backend='cpu' does not take sparse=True.*backend='torch' does"):
+        ops.embedding(tokens, weight, sparse=True)
+    ops.embedding(tokens, weight, sparse=True, backend="torch").sum().backward()
+    assert weight.grad.is_sparse
+
+
+# --- errors ---
+
+TOKENS, WEIGHT, POSITIONS = torch.tensor([[1, 2, 4], [0, 0, 3]]), torch.ones(5, 6), torch.ones(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": TOKENS.float()}, TypeError, r"input has dtype torch.float32; .*int64 or int32"),
+        ({"input": [1, 2]}, TypeError, r"input has type list"),
+        ({"input": TOKENS.to("meta")}, ValueError, r"input is on meta, but weight is on cpu"),
+        ({"weight": WEIGHT[0]}, ValueError, r"weight has shape \(6,\); it must be \(V, C\)"),
+        ({"weight": WEIGHT.long()}, TypeError, r"weight has dtype torch.int64"),
+        ({"padding_idx": 5}, ValueError, r"padding_idx=5; it must be in \[-5, 5\)"),
+        ({"padding_idx": -6}, ValueError, r"padding_idx=-6"),
+        ({"position_weight": POSITIONS[:, :3]}, ValueError, r"position_weight has shape \(4, 3\); .*\(P, 6\)"),
+        ({"position_weight": POSITIONS.half()}, TypeError, r"position_weight has dtype torch.float16"),
+        ({"position_offset": 2}, ValueError, r"position_offset is given without position_weight"),
+        (
+            {"position_weight": POSITIONS, "position_offset": 2},
+            IndexError,
+            r"position_offset=2 asks for positions 2 to 4; position_weight has positions 0 to 3",
+        ),
+        (
+            {"position_weight": POSITIONS, "position_offset": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            r"position_offset has shape \(3,\); it must be \(2,\)",
+        ),
+        ({"position_weight": POSITIONS, "input": torch.tensor(1)}, ValueError, r"position_weight needs \(\.\.\., T\)"),
+        ({"backend": "gpu"}, ValueError, r"backend='gpu' is unknown"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    with pytest.raises(error, match=rf"embedding: .*{message}"):
+        ops.embedding(**{"input": TOKENS, "weight": WEIGHT, **change})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_indices_out_of_range(index, backend):
+    tokens = TOKENS.to(index)
+    with pytest.raises(IndexError, match=r"embedding: input\[0, 2\] is 4; weight has tokens 0 to 3"):
+        ops.embedding(tokens, WEIGHT[:4], backend=backend)
+    with pytest.raises(IndexError, match=r"embedding: input\[1, 0\] is -7; weight has tokens 0 to 4"):
+        ops.embedding(torch.where(TOKENS == 0, -7, TOKENS).to(index), WEIGHT, backend=backend)
+    with pytest.raises(IndexError, match=r"embedding: input is 9; weight has tokens 0 to 4"):
+        ops.embedding(torch.tensor(9, dtype=index), WEIGHT, backend=backend)
+    options = {"position_weight": POSITIONS, "position_offset": torch.tensor([1, 2]), "backend": backend}
+    with pytest.raises(IndexError, match=r"position_offset\[1\]=2 asks for positions 2 to 4; position_weight has"):
+        ops.embedding(tokens, WEIGHT, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 4), min_size=0, max_size=3),
+    vocabulary=st.integers(1, 5),
+    width=st.integers(0, 20),
+    padding=st.none() | st.integers(-6, 5),
+    by_frequency=st.booleans(),
+    data=st.data(),
+)
+def test_any_call_is_answered_as_torch_does(shape, vocabulary, width, padding, by_frequency, data):
+    highest = vocabulary if data.draw(st.booleans()) else vocabulary - 1  # vocabulary itself is out of range
+    tokens = torch.randint(0, highest + 1, shape)
+    weights = [torch.randn(vocabulary, width, requires_grad=True)]
+    weights.append(weights[0].detach().clone().requires_grad_())
+    try:
+        expected = F.embedding(tokens, weights[0], padding, scale_grad_by_freq=by_frequency)
+    except (AssertionError, IndexError):
+        with pytest.raises((ValueError, IndexError), match=r"padding_idx=|weight has tokens"):
+            ops.embedding(tokens, weights[1], padding, scale_grad_by_freq=by_frequency, backend="cpu")
+        return
+    actual = ops.embedding(tokens, weights[1], padding, scale_grad_by_freq=by_frequency, backend="cpu")
+    assert torch.equal(actual, expected)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    actual.backward(upstream)
+    torch.testing.assert_close(weights[1].grad, weights[0].grad)
