@@ -5,23 +5,25 @@
 
 namespace fastgpt::FASTGPT_ISA {
 
-// 2^n for integer-valued n in [-252, 254], in two factors so that neither overflows: scale_by_power(x, n) = x * 2^n.
-inline Vec scale_by_power(Vec x, VecI n) {
-  const VecI half = n >> 1;
-  return x * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+// x 2^n for integer-valued n.
+inline Vec scale_by_power(Vec x, Vec n) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  // n in [-252, 254]: two factors, neither of which overflows.
+  const VecI power = __builtin_convertvector(n, VecI), half = power >> 1;
+  return x * as_float((half + 127) << 23) * as_float((power - half + 127) << 23);
+#endif
 }
 
-// e^x. exp(-inf) = 0, exp(x > 88.73) = inf, NaN stays NaN.
+// e^x for x in [-104, 89] (or NaN, which stays).
 // x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, Cody and Waite), then e^r by the degree-6 polynomial of least
 // relative error that starts with 1 + r (3e-9; Taylor's has 1.2e-7).
-inline Vec exp(Vec x) {
+inline Vec exp_bounded(Vec x) {
   const float log2e = 1.44269504088896341f, ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723e-6f;
-  const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Vec low = splat(-104.0f), high = splat(89.0f);
-  const Vec clamped = x < low ? low : (x > high ? high : x);
-  const Vec shifted = clamped * log2e + round_to_int;
-  const Vec n = shifted - round_to_int;
-  const Vec r = (clamped - n * ln2_high) - n * ln2_low;
+  const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point
+  const Vec n = (x * log2e + round_to_int) - round_to_int;
+  const Vec r = (x - n * ln2_high) - n * ln2_low;
   Vec p = splat(0.00138145813f);
   p = p * r + 0.00836872496f;
   p = p * r + 0.041668389f;
@@ -29,8 +31,11 @@ inline Vec exp(Vec x) {
   p = p * r + 0.49999994f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return scale_by_power(p, as_int(shifted) - as_int(splat(round_to_int)));
+  return scale_by_power(p, n);
 }
+
+// e^x. exp(-inf) = 0, exp(x > 88.73) = inf, NaN stays NaN.
+inline Vec exp(Vec x) { return exp_bounded(min(splat(89.0f), max(splat(-104.0f), x))); }
 
 // Natural logarithm. log(0) = -inf, log(x < 0) = NaN.
 // x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = (m - 1) / (m + 1), by its odd series.
@@ -61,7 +66,7 @@ struct Sigmoid {
   Vec value, complement;
 };
 inline Sigmoid sigmoid(Vec x) {
-  const Vec e = exp(-abs(x));
+  const Vec e = exp_bounded(max(splat(-104.0f), -abs(x)));
   const Vec near_one = 1.0f / (1.0f + e);
   const Vec near_zero = e * near_one;
   const auto negative = x < 0.0f;
@@ -71,17 +76,15 @@ inline Sigmoid sigmoid(Vec x) {
 // The normal distribution Phi(x) = (1 + erf(x / sqrt 2)) / 2 and its density phi(x) = e^(-x^2/2) / sqrt(2 pi).
 // With t = |x|, Phi(-t) = e^(-t^2/2) R(t); R(t) (t + 3.4) is a polynomial of degree 9 in (t - 3.4) / (t + 3.4), the
 // mapping of Shepherd and Laframboise (Math. Comp. 36, 1981) with our own fit on [0, 15] (4e-9). One exponential gives
-// both results, and the negative tail keeps its relative accuracy, which 1 + erf loses. Beyond 15 both are below
-// float's range.
+// both results, and the negative tail keeps its relative accuracy, which 1 + erf loses.
 struct Normal {
   Vec cdf, density;
 };
 inline Normal normal(Vec x) {
-  const Vec limit = splat(15.0f), magnitude = abs(x);
-  const Vec t = magnitude > limit ? limit : magnitude;  // NaN stays
+  const Vec t = min(splat(14.4f), abs(x));  // e^(-t^2/2) R(t) is below float's range from 14.2 on; NaN stays
   const Vec square = t * t;
   const Vec missing = fma(t, t, -square);  // what rounding the square lost, which the exponential would magnify
-  const Vec e = exp(square * -0.5f);
+  const Vec e = exp_bounded(square * -0.5f);
   const Vec gauss = e - e * (missing * 0.5f);
   const Vec inverse = 1.0f / (t + 3.4f);
   const Vec u = 1.0f - 6.8f * inverse;

@@ -37,9 +37,18 @@ inline VecU as_uint(Vec v) { return (VecU)v; }
 inline Vec as_float(VecI v) { return (Vec)v; }
 inline Vec as_float(VecU v) { return (Vec)v; }
 
-// The second operand wins when the first is NaN, as in SSE.
+// The second operand wins when either is NaN, as in SSE: max(splat(low), x) clamps and leaves NaN as it is. Intrinsics,
+// for GCC makes two instructions of the comparison.
+#if defined(__AVX512F__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 inline Vec abs(Vec a) { return as_float(as_uint(a) & 0x7fffffffu); }
 inline Vec sqrt(Vec a) {
 #if defined(__AVX512F__)
@@ -95,8 +104,16 @@ inline Vec load(const f16* p) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-// Round to nearest even; NaN stays NaN. Not vcvtneps2bf16, which flushes subnormals to zero.
+// Round to nearest even; NaN stays NaN.
 inline void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  // vcvtneps2bf16 flushes subnormals to zero, so they take the long way.
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0, 1)) {
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h, sizeof h);
+    return;
+  }
+#endif
   const VecU u = as_uint(v);
   const VecU bits = (v != v ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u)) >> 16;
 #if defined(__AVX512F__)

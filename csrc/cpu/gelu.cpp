@@ -14,8 +14,8 @@ namespace fastgpt::FASTGPT_ISA {
 namespace {
 
 // Beyond +-limit the derivative is 0 or 1 to the last bit, and so is y / s; the clamps keep inf * 0 out. NaN passes.
-inline Vec clamp_below(Vec s, float limit) { return s < -limit ? splat(-limit) : s; }
-inline Vec clamp_both(Vec s, float limit) { return s > limit ? splat(limit) : clamp_below(s, limit); }
+inline Vec clamp_below(Vec s, float limit) { return max(splat(-limit), s); }
+inline Vec clamp_both(Vec s, float limit) { return min(splat(limit), clamp_below(s, limit)); }
 
 struct Exact {
   static Vec value(Vec s) { return clamp_below(s, 15.0f) * normal(s).cdf; }

@@ -19,7 +19,7 @@ Status forward(const SwigluForward& p) {
     for_each_vector(count, [&](int64_t i, int64_t n) {
       Vec g = load(gate + i, n);
       const Vec s = sigmoid(g).value;
-      g = g < -200.0f ? splat(-200.0f) : g;  // s is 0 there: no inf * 0
+      g = max(splat(-200.0f), g);  // s is 0 there: no inf * 0
       store(y + i, g * s * load(up + i, n), n);
     });
   });
@@ -38,7 +38,7 @@ Status backward(const SwigluBackward& p) {
       Vec g = load(gate + i, n);
       const Vec u = load(up + i, n), d = load(dy + i, n);
       const Sigmoid s = sigmoid(g);
-      g = g < -200.0f ? splat(-200.0f) : g;
+      g = max(splat(-200.0f), g);
       const Vec silu = g * s.value;
       // silu (1 - s) = g s (1 - s) vanishes for large g, where silu may be infinite.
       const Vec bend = g > 200.0f ? Vec{} : silu * s.complement;

@@ -1,0 +1,24 @@
+"""gelu against torch eager. Bytes: forward reads x and writes y; backward reads x and dy and writes dx."""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from fastgpt import ops
+
+ROWS, COLS = 4096, 3072
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", ["plain", "bias"])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("work", ["forward", "forward_backward"])
+def test_gelu(benchmark, work, approximate, bias, dtype):
+    x = torch.randn(ROWS, COLS, dtype=dtype, requires_grad=True)
+    options = {"bias": torch.randn(COLS, dtype=dtype, requires_grad=True)} if bias == "bias" else {}
+    calls = {
+        backend: getattr(harness, work)(ops.gelu, x, approximate, backend=backend, **options)
+        for backend in ("fused", "torch")
+    }
+    tensors = {"forward": 2, "forward_backward": 5}[work]
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=tensors * x.numel() * x.element_size())

@@ -1,0 +1,24 @@
+"""rms_norm against torch eager. Bytes: forward reads x and writes y; backward reads x and dy and writes dx."""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from fastgpt import ops
+
+ROWS, COLS = 4096, 768
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", ["plain", "residual"])
+@pytest.mark.parametrize("work", ["forward", "forward_backward"])
+def test_rms_norm(benchmark, work, residual, dtype):
+    x, r = (torch.randn(ROWS, COLS, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight = torch.randn(COLS, dtype=dtype, requires_grad=True)
+    options = {"residual": r} if residual == "residual" else {}
+    calls = {
+        backend: getattr(harness, work)(ops.rms_norm, x, (COLS,), weight, 1e-5, backend=backend, **options)
+        for backend in ("fused", "torch")
+    }
+    tensors = {"forward": 2, "forward_backward": 5}[work] + (2 if options else 0)
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=tensors * x.numel() * x.element_size())

@@ -1,0 +1,23 @@
+"""swiglu against torch eager, packed (one projection holds gate and up) and as two tensors.
+
+Bytes: forward reads gate and up and writes y; backward reads dy, gate and up and writes dgate and dup.
+"""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from fastgpt import ops
+
+ROWS, COLS = 4096, 2048
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["packed", "two"])
+@pytest.mark.parametrize("work", ["forward", "forward_backward"])
+def test_swiglu(benchmark, work, form, dtype):
+    shapes = [(ROWS, 2 * COLS)] if form == "packed" else [(ROWS, COLS)] * 2
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    calls = {backend: getattr(harness, work)(ops.swiglu, *inputs, backend=backend) for backend in ("fused", "torch")}
+    tensors = {"forward": 3, "forward_backward": 8}[work]
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=tensors * ROWS * COLS * inputs[0].element_size())
