@@ -73,7 +73,31 @@ def define(
             return below_autograd(op, *args)
 
         _library.impl(name, run_autograd, "Autograd")
+    elif name.endswith("_backward"):
+
+        def run_backward(*args: Any) -> Any:
+            if not (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)):
+                return below_autograd(op, *args)
+            # A second derivative may be wanted (create_graph=True). The reference is plain torch and has one.
+            return run(*args) if args[-1] == "reference" else _Once.apply(name, op, *args)
+
+        _library.impl(name, run_backward, "Autograd")
     return op
+
+
+class _Once(torch.autograd.Function):
+    """A fused backward: its results have no derivative, and asking for one is an error rather than a wrong number."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, op: Callable[..., Any], *args: Any) -> Any:
+        ctx.name, ctx.backend = name, args[-1]
+        return below_autograd(op, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{ctx.name}: backend={ctx.backend!r} has no second derivative; backend='reference' has one"
+        )
 
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:

@@ -122,6 +122,16 @@ def test_gradcheck_of_the_formula(approximate, bias):
     )
 
 
+def test_second_derivative():
+    """The reference has one; a fused backward says that it has none, rather than leaving its part out in silence."""
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: ops.gelu(x, backend="reference"), x)
+    x = torch.randn(3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ops.gelu(x, backend="cpu").sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"gelu_backward: backend='cpu' has no second derivative"):
+        (gradient.sum() + x.sum()).backward()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("approximate", FORMS)
 def test_registration(approximate, backend):
