@@ -35,6 +35,53 @@ struct Status {
   int64_t value = 0;  // what was found there
 };
 
+// out = softmax(scale Q K^T + mask) V, lse = log(sum(exp(scores))), per query; lse = +inf where a query sees no key.
+// Query i sees key j where first <= j < last: i + shift - left <= j <= i + shift + right (a negative side: no limit).
+// Query head h reads key/value head h / (heads / kv_heads). Strides are in elements; the last dimension is contiguous.
+struct AttentionForward {
+  void* out;              // [B, H, T, Dv]
+  float* lse;             // [B, H, T], contiguous
+  const void* q;          // [B, H, T, D]
+  const void* k;          // [B, Hkv, S, D]
+  const void* v;          // [B, Hkv, S, Dv]
+  const void* mask;       // [B, H, T, S] or null
+  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
+  int64_t out_strides[3], q_strides[3], k_strides[3], v_strides[3];  // of batch, head, row
+  int64_t mask_strides[4];
+  int64_t left, right, shift;
+  double scale;
+  DType dtype;            // of q, k, v, out
+  DType mask_dtype;       // of an additive mask
+  bool mask_bool;         // the mask is boolean: true takes part
+  FASTGPT_FIELDS(out, lse, q, k, v, mask, batch, heads, kv_heads, queries, keys, dim, value_dim, out_strides, q_strides,
+                 k_strides, v_strides, mask_strides, left, right, shift, scale, dtype, mask_dtype, mask_bool)
+};
+
+// Gradients of AttentionForward from its inputs, its output and its log-sum-exp.
+struct AttentionBackward {
+  void* dq;               // [B, H, T, D]
+  void* dk;               // [B, Hkv, S, D]
+  void* dv;               // [B, Hkv, S, Dv]
+  const void* dout;       // [B, H, T, Dv]
+  const void* out;        // [B, H, T, Dv]
+  const float* lse;       // [B, H, T], contiguous
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* mask;
+  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
+  int64_t dq_strides[3], dk_strides[3], dv_strides[3], dout_strides[3], out_strides[3], q_strides[3], k_strides[3],
+      v_strides[3];
+  int64_t mask_strides[4];
+  int64_t left, right, shift;
+  double scale;
+  DType dtype, mask_dtype;
+  bool mask_bool;
+  FASTGPT_FIELDS(dq, dk, dv, dout, out, lse, q, k, v, mask, batch, heads, kv_heads, queries, keys, dim, value_dim,
+                 dq_strides, dk_strides, dv_strides, dout_strides, out_strides, q_strides, k_strides, v_strides,
+                 mask_strides, left, right, shift, scale, dtype, mask_dtype, mask_bool)
+};
+
 // y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over rows of C, where s = x + residual.
 struct LayerNormForward {
   void* y;                // [N, C]
@@ -284,6 +331,8 @@ struct GradNorm {
 }  // namespace fastgpt
 
 // Every kernel: X(entry, parameters).
+  X(attention_forward, AttentionForward)    \
+  X(attention_backward, AttentionBackward)  \
 #define FASTGPT_FOR_EACH_KERNEL(X)                \
   X(layer_norm_forward, LayerNormForward)         \
   X(layer_norm_backward, LayerNormBackward)       \

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgpt.ops import checks, registry
-from fastgpt.ops.native import unsupported_dtype
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
 
 _MAX_HEAD_DIM = 256  # of the fused kernels
 
@@ -348,6 +348,120 @@ def reference_backward(
     return _result(dq, query), _result(dk, query), _result(dv, query), dmask
 
 
+# --- CPU ---
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` if its last dimension is contiguous, which is all that the kernel asks for; otherwise a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _common_fields(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+) -> dict[str, Any]:
+    """The fields that the forward and the backward kernel share."""
+    batch, heads, length, dim = query.shape
+    keys = key.shape[2]
+    mask = None if attn_mask is None else attn_mask.expand(batch, heads, length, keys)
+    additive = mask is not None and mask.dtype != torch.bool
+    return {
+        "q": pointer(query),
+        "k": pointer(key),
+        "v": pointer(value),
+        "mask": pointer(mask),
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": key.shape[1],
+        "queries": length,
+        "keys": keys,
+        "dim": dim,
+        "value_dim": value.shape[-1],
+        "q_strides": query.stride()[:3],
+        "k_strides": key.stride()[:3],
+        "v_strides": value.stride()[:3],
+        "mask_strides": (0, 0, 0, 0) if mask is None else mask.stride(),
+        "left": left,
+        "right": right,
+        "shift": keys - length if bottom_right else 0,
+        "scale": scale,
+        "dtype": DTYPES[query.dtype],
+        "mask_dtype": DTYPES[mask.dtype] if mask is not None and additive else 0,
+        "mask_bool": mask is not None and not additive,
+    }
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_mask: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+) -> tuple[Tensor, Tensor]:
+    assert dropout_mask is None  # refused by attention()
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    batch, heads, length, _ = query.shape
+    out = _empty(query, batch, heads, length, value.shape[-1])
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    if not out.numel() or not key.shape[2]:
+        return out.zero_(), lse.fill_(math.inf)
+    _C.cpu.attention_forward(
+        out=pointer(out),
+        lse=pointer(lse),
+        out_strides=out.stride()[:3],
+        **_common_fields(query, key, value, attn_mask, scale, left, right, bottom_right),
+    )
+    return out, lse
+
+
+def _cpu_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert dropout_mask is None and not mask_grad  # refused by attention()
+    query, key, value, out, dout = (_rows(x) for x in (query, key, value, out, dout))
+    dq, dk, dv = (_empty(query, *x.shape) for x in (query, key, value))
+    none = query.new_empty(0)
+    if not out.numel() or not key.shape[2]:
+        return dq.zero_(), dk.zero_(), dv.zero_(), none
+    _C.cpu.attention_backward(
+        dq=pointer(dq),
+        dk=pointer(dk),
+        dv=pointer(dv),
+        dout=pointer(dout),
+        out=pointer(out),
+        lse=pointer(lse),
+        dq_strides=dq.stride()[:3],
+        dk_strides=dk.stride()[:3],
+        dv_strides=dv.stride()[:3],
+        dout_strides=dout.stride()[:3],
+        out_strides=out.stride()[:3],
+        **_common_fields(query, key, value, attn_mask, scale, left, right, bottom_right),
+    )
+    return dq, dk, dv, none
+
+
 # --- registration ---
 
 
@@ -420,7 +534,7 @@ _op = registry.define(
     "attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_mask, float scale, int left,"
     " int right, bool bottom_right) -> (Tensor, Tensor)",
-    {"reference": reference},
+    {"reference": reference, "cpu": _cpu},
     _fake,
     _Attention,
 )
@@ -429,7 +543,7 @@ _op_backward = registry.define(
     "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_mask, Tensor out,"
     " Tensor lse, float scale, int left, int right, bool bottom_right, bool mask_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference_backward},
+    {"reference": reference_backward, "cpu": _cpu_backward},
     _fake_backward,
 )
-registry.owner("attention", "cpu", "reference", "the fused kernel is not built yet")
+registry.owner("attention", "cpu", "cpu", "online softmax, never an L x S matrix; deterministic gradients")

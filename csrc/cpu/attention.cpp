@@ -1,0 +1,253 @@
+// attention, forward: out = softmax(scale Q K^T + mask) V, one block of keys at a time (FlashAttention, Dao et al.,
+// 2022).
+//
+//   for each block of keys:  s = scale q k^T + mask,  m' = max(m, max(s)),  p = exp(s - m'),
+//                            l = l exp(m - m') + sum(p),  o = o exp(m - m') + p v,  m = m'
+//   out = o / l,  lse = m + log(l)
+//
+// Flops: 4 T S D a head, half of that when causal. The T x S scores never exist: a group of kRows queries meets kKeys
+// keys in a tile of a few kB. K and V of a head are packed once a task, in blocks that stay in the second-level cache,
+// and are shared by all query heads of the group. Blocks outside the band of the causal rule and the window are
+// skipped, and inside the block that it cuts, vectors of keys that the group cannot see are.
+//
+// A few queries over many keys (decoding) read K and V once, in place (`direct`).
+//
+// One row's result does not depend on the rows beside it, so tasks may be cut as the number of threads likes.
+#include "cpu/attention.h"
+
+namespace fastgpt::FASTGPT_ISA {
+namespace {
+
+constexpr int64_t kKeys = 192;          // a block of keys: with D = 64, 48 kB each of K and V in float32
+constexpr int64_t kQueries = 48;        // a block of queries: the unit of scheduling
+constexpr int64_t kDirectKeys = 256;    // keys a step there: their scores stay in the first-level cache
+constexpr double kGrainFlops = 1e6;     // worth a thread: about 20 us
+
+template <class Dot, class T>
+struct Task {
+  const AttentionForward& p;
+  const Band band;
+  const int64_t dim_words = (p.dim + Dot::kPair - 1) / Dot::kPair;
+  const int64_t out_vectors = (p.value_dim + kLanes - 1) / kLanes;
+  const int64_t out_width = out_vectors * kLanes;
+
+  explicit Task(const AttentionForward& params) : p(params), band(params) {}
+
+  int64_t group() const { return p.heads / p.kv_heads; }
+  int64_t key_block_words() const { return dim_words * kKeys; }
+  int64_t value_block_words() const { return kKeys / Dot::kPair * out_width; }
+
+  // Queries [i, i + n) of head (b, h), n <= kRows, over the packed blocks of keys; block `first_block` comes first.
+  void rows(int64_t b, int64_t h, int64_t i, int64_t n, const float* k, const float* v, int64_t first_block) const {
+    alignas(64) float s[kRows * kKeys];
+    alignas(64) float q[kRows * 256];
+    alignas(64) float o[kRows * 256];
+    alignas(64) float m[kLanes], alpha[kLanes];
+    Vec l[kRows] = {};
+    pack_rows<Dot>(q, dim_words, head(static_cast<const T*>(p.q), p.q_strides, b, h) + i * p.q_strides[2],
+                   p.q_strides[2], n, kRows, p.dim);
+    std::memset(o, 0, sizeof(float) * static_cast<size_t>(kRows * out_width));
+    for (int r = 0; r < kLanes; ++r) m[r] = -__builtin_inff();
+
+    const float scale = static_cast<float>(p.scale);
+    const int64_t begin = band.first(i) / kKeys, end = (band.last(i + n - 1) + kKeys - 1) / kKeys;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t key = block * kKeys;
+      const Columns columns(band, i, i + n, key, kKeys);
+      if (columns.empty()) continue;
+      const float* keys = k + (block - first_block) * key_block_words();
+      dot_products<Dot>(s, kKeys, q, dim_words, keys, kKeys, dim_words, columns, scale);
+      if (p.mask)
+        for (int64_t r = 0; r < n; ++r) add_mask(p, s + r * kKeys, b, h, i + r, key, columns);
+      for (int64_t r = 0; r < n; ++r) hide(s + r * kKeys, band, i + r, key, columns, -__builtin_inff());
+      softmax(s, m, alpha, l, columns);
+      const float* values = v + (block - first_block) * value_block_words() + columns.begin / Dot::kPair * out_width;
+      for_each_column_tile(out_vectors, [&](auto tile, int64_t at) {
+        float* to = o + at * kLanes;
+        multiply<Dot, decltype(tile)::value, false>(s + columns.begin / Dot::kPair, kKeys, values + at * kLanes,
+                                                    out_width, (columns.end - columns.begin) / Dot::kPair,
+                                                    [&](int r, int j, Vec sum) {
+                                                      float* at_row = to + r * out_width + j * kLanes;
+                                                      store(at_row, load(at_row) * alpha[r] + sum);
+                                                    });
+      });
+    }
+    for (int64_t r = 0; r < n; ++r) finish(b, h, i + r, o + r * out_width, m[r], sum(l[r]));
+  }
+
+  // One step of the online softmax: s becomes p (as words), m, alpha = exp(m - m') and l follow.
+  static FASTGPT_INLINE void softmax(float* s, float* m, float* alpha, Vec (&l)[kRows], Columns columns) {
+    alignas(64) float highest[kLanes] = {};
+    for (int r = 0; r < kRows; ++r) {
+      Vec top = splat(m[r]);
+      for (int64_t c = columns.begin; c < columns.end; c += kLanes) top = max(top, load(s + r * kKeys + c));
+      highest[r] = max_lane(top);
+    }
+    // While a row has seen nothing its maximum is -inf; exp(-inf - 0) is the zero that exp(-inf + inf) is not.
+    const Vec now = load(highest);
+    const Vec base = now == -__builtin_inff() ? Vec{} : now;
+    store(alpha, exp_softmax(load(m) - base));
+    store(m, now);
+    alignas(64) float bases[kLanes];
+    store(bases, base);
+    for (int r = 0; r < kRows; ++r) {
+      Vec total = {};
+      for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
+        const Vec e = exp_softmax(load(s + r * kKeys + c) - bases[r]);
+        total += e;
+        Dot::store_row(s + r * kKeys, c / kLanes, e);
+      }
+      l[r] = l[r] * alpha[r] + total;
+    }
+  }
+
+  // out = o / l and lse = m + log(l) of one query. l == 0: it saw no key.
+  void finish(int64_t b, int64_t h, int64_t i, const float* o, float m, float l) const {
+    T* out = head(static_cast<T*>(p.out), p.out_strides, b, h) + i * p.out_strides[2];
+    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+    for (int64_t c = 0; c < p.value_dim; c += kLanes) store(out + c, load(o + c) * inverse, p.value_dim - c);
+    p.lse[(b * p.heads + h) * p.queries + i] = l == 0.0f ? __builtin_inff() : m + log(splat(l))[0];
+  }
+
+  // Packs the blocks of keys [first_block, end_block) of key/value head (b, g).
+  void pack(int64_t b, int64_t g, int64_t first_block, int64_t end_block, float* k, float* v) const {
+    const T* key = head(static_cast<const T*>(p.k), p.k_strides, b, g);
+    const T* value = head(static_cast<const T*>(p.v), p.v_strides, b, g);
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const int64_t at = block * kKeys, count = least(kKeys, p.keys - at);
+      pack_transposed<Dot>(k, key + at * p.k_strides[2], p.k_strides[2], count, kKeys, p.dim);
+      pack_pairs<Dot>(v, value + at * p.v_strides[2], p.v_strides[2], count, kKeys, p.value_dim, out_width);
+      k += key_block_words();
+      v += value_block_words();
+    }
+  }
+
+  // Piece `piece` of `pieces` of the query blocks of key/value head (b, g). Blocks are dealt 0, last, 1, last - 1, ...
+  // so that pieces of a causal head weigh about the same.
+  bool run(int64_t b, int64_t g, int64_t piece, int64_t pieces) const {
+    const int64_t blocks = (p.queries + kQueries - 1) / kQueries;
+    const int64_t begin = blocks * piece / pieces, end = blocks * (piece + 1) / pieces;
+    const auto dealt = [&](int64_t n) { return n % 2 ? blocks - 1 - n / 2 : n / 2; };
+    int64_t first = p.keys, last = 0;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = dealt(n) * kQueries;
+      first = least(first, band.first(i));
+      last = most(last, band.last(least(i + kQueries, p.queries) - 1));
+    }
+    const int64_t first_block = first / kKeys, end_block = most((last + kKeys - 1) / kKeys, first_block);
+    AlignedBuffer<float> k((end_block - first_block) * key_block_words());
+    AlignedBuffer<float> v((end_block - first_block) * value_block_words());
+    if (!k || !v) return false;
+    pack(b, g, first_block, end_block, k.data(), v.data());
+    for (int64_t h = g * group(); h < (g + 1) * group(); ++h)
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t from = dealt(n) * kQueries, to = least(from + kQueries, p.queries);
+        for (int64_t i = from; i < to; i += kRows) rows(b, h, i, least(kRows, to - i), k.data(), v.data(), first_block);
+      }
+    return true;
+  }
+
+  // The rows (query heads of the group x queries, at most kDirectRows) of key/value head (b, g) over K and V in place.
+  void direct(int64_t b, int64_t g) const {
+    alignas(64) float q[kDirectRows * 256], o[kDirectRows * 256];
+    alignas(64) float s[kDirectRows * kDirectKeys];
+    float m[kDirectRows], l[kDirectRows] = {};
+    const T* key = head(static_cast<const T*>(p.k), p.k_strides, b, g);
+    const T* value = head(static_cast<const T*>(p.v), p.v_strides, b, g);
+    const int64_t rows = group() * p.queries, word_stride = round_up(dim_words, kLanes);
+    int64_t first = p.keys, last = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t h = g * group() + r / p.queries, i = r % p.queries;
+      pack_rows<Dot>(q + r * word_stride, word_stride,
+                     head(static_cast<const T*>(p.q), p.q_strides, b, h) + i * p.q_strides[2], 0, 1, 1, p.dim);
+      m[r] = -__builtin_inff();
+      first = least(first, band.first(i));
+      last = most(last, band.last(i));
+    }
+    std::memset(o, 0, sizeof(float) * static_cast<size_t>(rows * out_width));
+    for (int64_t at = first; at < last; at += kDirectKeys) {
+      const int64_t count = least(kDirectKeys, last - at);
+      dot_rows<Dot>(s, kDirectKeys, q, word_stride, rows, key + at * p.k_strides[2], p.k_strides[2], count, p.dim,
+                    static_cast<float>(p.scale));
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t h = g * group() + r / p.queries, i = r % p.queries;
+        const Columns columns(count);
+        float* row = s + r * kDirectKeys;
+        if (p.mask) add_mask(p, row, b, h, i, at, columns);
+        hide(row, band, i, at, columns, -__builtin_inff());
+        Vec top = splat(m[r]);
+        for (int64_t c = 0; c < columns.end; c += kLanes) top = max(top, load(row + c));
+        const float now = max_lane(top), base = now == -__builtin_inff() ? 0.0f : now;
+        const float alpha = exp_softmax(splat(m[r] - base))[0];
+        Vec total = {};
+        for (int64_t c = 0; c < columns.end; c += kLanes) {
+          const Vec e = exp_softmax(load(row + c) - base);
+          total += e;
+          store(row + c, e);
+        }
+        m[r] = now;
+        l[r] = l[r] * alpha + sum(total);
+        weighted_sum(row, value + at * p.v_strides[2], count, alpha, o + r * out_width);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      finish(b, g * group() + r / p.queries, r % p.queries, o + r * out_width, m[r], l[r]);
+  }
+
+  // o = o alpha + sum_j w[j] v_j.
+  void weighted_sum(const float* w, const T* value, int64_t count, float alpha, float* o) const {
+    constexpr int kWide = 4;
+    int64_t c = 0;
+    for (; c + kWide * kLanes <= p.value_dim; c += kWide * kLanes) {
+      Vec total[kWide];
+      for (int n = 0; n < kWide; ++n) total[n] = load(o + c + n * kLanes) * alpha;
+      for (int64_t j = 0; j < count; ++j)
+        for (int n = 0; n < kWide; ++n) total[n] += w[j] * load(value + j * p.v_strides[2] + c + n * kLanes);
+      for (int n = 0; n < kWide; ++n) store(o + c + n * kLanes, total[n]);
+    }
+    for (; c < p.value_dim; c += kLanes) {
+      Vec total = load(o + c) * alpha;
+      for (int64_t j = 0; j < count; ++j) total += w[j] * load(value + j * p.v_strides[2] + c, p.value_dim - c);
+      store(o + c, total);
+    }
+  }
+};
+
+template <class T, class Dot>
+Status forward(const AttentionForward& p) {
+  const Task<Dot, T> task(p);
+  const int64_t heads = p.batch * p.kv_heads;
+  const double flops = 2.0 * static_cast<double>(p.queries) * static_cast<double>(p.keys) *
+                       static_cast<double>(p.dim + p.value_dim) * static_cast<double>(task.group());
+  if (task.group() * p.queries <= kDirectRows) {
+    parallel_for(0, heads, static_cast<int64_t>(kGrainFlops / (flops + 1)) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) task.direct(n / p.kv_heads, n % p.kv_heads);
+    });
+    return {};
+  }
+  // A head is cut into pieces only when there are too few heads for the threads: each piece packs K and V for itself.
+  const int64_t blocks = (p.queries + kQueries - 1) / kQueries, threads = thread_count();
+  const bool enough = threads == 1 || heads % threads == 0 || heads >= 4 * threads;
+  const int64_t pieces = enough ? 1 : least(blocks, (4 * threads + heads - 1) / heads);
+  int32_t short_of_memory = 0;
+  parallel_for(0, heads * pieces, static_cast<int64_t>(kGrainFlops / (flops / static_cast<double>(pieces) + 1)) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t n = begin; n < end; ++n) {
+                   const int64_t head_index = n / pieces;
+                   if (!task.run(head_index / p.kv_heads, head_index % p.kv_heads, n % pieces, pieces))
+                     __atomic_store_n(&short_of_memory, 1, __ATOMIC_RELAXED);
+                 }
+               });
+  if (short_of_memory) return {Status::out_of_memory, 0, p.keys * (p.dim + p.value_dim) * 4};
+  return {};
+}
+
+}  // namespace
+
+Status attention_forward(const AttentionForward& p) {
+  if (p.dim > 256 || p.value_dim > 256) return {Status::unsupported_shape, 0, most(p.dim, p.value_dim)};
+  return dispatch_dot(p.dtype,
+                      [&](auto tag, auto dot) { return forward<typename decltype(tag)::type, decltype(dot)>(p); });
+}
+
+}  // namespace fastgpt::FASTGPT_ISA
