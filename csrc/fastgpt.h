@@ -331,9 +331,9 @@ struct GradNorm {
 }  // namespace fastgpt
 
 // Every kernel: X(entry, parameters).
-  X(attention_forward, AttentionForward)    \
-  X(attention_backward, AttentionBackward)  \
 #define FASTGPT_FOR_EACH_KERNEL(X)                \
+  X(attention_forward, AttentionForward)          \
+  X(attention_backward, AttentionBackward)        \
   X(layer_norm_forward, LayerNormForward)         \
   X(layer_norm_backward, LayerNormBackward)       \
   X(rms_norm_forward, RmsNormForward)             \

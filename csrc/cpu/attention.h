@@ -286,7 +286,9 @@ inline T* head(T* x, const int64_t (&strides)[3], int64_t b, int64_t h) {
 
 // Dot products longer than 96 words are summed in stretches of about 64: one running sum of 256 terms rounds twice as
 // badly as torch's.
-inline int64_t stretch_of(int64_t words) { return words <= 96 ? words : (words + words / 64 - 1) / (words / 64); }
+inline int64_t stretch_of(int64_t words) {
+  return words <= 96 ? most(words, 1) : (words + words / 64 - 1) / (words / 64);
+}
 
 // to[r][c] = factor * (row r of a . column c of b) for kRows rows and the columns, b lying as [words][keys].
 template <class Dot>
@@ -295,7 +297,7 @@ FASTGPT_INLINE void dot_products(float* to, int64_t to_stride, const float* a, i
   const int64_t stretch = stretch_of(words);
   for_each_column_tile((columns.end - columns.begin) / kLanes, [&](auto tile, int64_t at) {
     const int64_t c = columns.begin + at * kLanes;
-    for (int64_t k = 0; k == 0 || k < words; k += stretch)
+    for (int64_t k = 0; k == 0 || k < words; k += stretch)  // no words: zeros
       multiply<Dot, decltype(tile)::value, false>(a + k, a_stride, b + k * b_stride + c, b_stride,
                                                   least(stretch, words - k), [&](int r, int j, Vec sum) {
                                                     float* out = to + r * to_stride + c + j * kLanes;
