@@ -56,8 +56,6 @@ class AdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("maximize", False)
-            if group.get("amsgrad"):
-                raise ValueError("AdamW: the state loaded was made with amsgrad=True, which is not supported")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; checks the group's hyperparameters and dtypes."""
@@ -146,8 +144,10 @@ class AdamW(torch.optim.Optimizer):
         """Takes a state_dict of this class or of torch.optim.AdamW; a missing ``master`` starts from the parameter.
 
         Raises:
-            ValueError: groups that do not fit, a tensor of another shape, or one that is missing.
+            ValueError: groups that do not fit, a tensor of another shape, one that is missing, or amsgrad=True.
         """
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("AdamW: the state to load was made with amsgrad=True, which is not supported")
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved_ids, params, strict=False):  # unequal counts: the base class says so
