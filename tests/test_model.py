@@ -372,6 +372,17 @@ def test_unknown_operators_and_backends(ops, error, message):
         GPT(CONFIGS["gpt2"], ops)
 
 
+@every_config
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fused_means_fused(config, dtype):
+    """Training and cached decoding never leave the kernels."""
+    model = make(config, dtype=dtype)
+    with fastgpt.strict():
+        model(*batch(config)).backward()
+        for prompts in ([[1, 2]], [[1, 2, 3], [4]]):
+            fastgpt.generate(model, prompts, 3, top_k=5, repetition_penalty=1.1)
+
+
 @pytest.mark.parametrize("ops", ["fused", "reference", "torch"])
 def test_attention_reads_and_writes_views(ops):
     """No copy before attention (all three are views of one projection), none after it (merging heads is a view)."""

@@ -168,6 +168,8 @@ def _check(
 
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    if shapes[0] == shapes[1] == shapes[2]:  # nearly always; torch's function takes longer than attention for one token
+        return shapes[0]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
