@@ -242,10 +242,10 @@ def _empty_gradients(x: Tensor, w: Tensor, b: Tensor | None, wanted: list[bool])
 
 # Logits in memory at a time. Less makes the GEMMs read linear_weight more often, more gains nothing.
 CHUNK_BYTES = 32 << 20
-# dw in half precision is a sum of one product per chunk, and each addition rounds. Up to this many are added in place;
-# more are added in float32, which takes 4 bytes for each element of linear_weight.
+# dw in half precision is a sum of one product per chunk, and each addition rounds. So many are added in place, which
+# stays within the error budget; the sums of more are added up in float32, at 4 bytes for each element of linear_weight.
 CHUNKS_IN_PLACE = 4
-# Classes whose part of such a product is in memory at a time.
+# Classes whose part of dw is converted to float32 at a time.
 CLASS_BLOCK = 4096
 
 
@@ -272,12 +272,12 @@ class _Gradients:
     def __init__(self, x: Tensor, w: Tensor, b: Tensor | None, wanted: list[bool]) -> None:
         self.x, self.w, self.wanted = x, w, wanted
         self.dx, self.dw, self.db = (with_huge_pages(t) for t in _empty_gradients(x, w, b, wanted))
-        self.dw_sum = self.dw
-        chunks = math.ceil(x.shape[0] / max(chunk_rows(x.shape[0], w), 1))
-        if not chunks:
+        self.chunks, self.added = math.ceil(x.shape[0] / max(chunk_rows(x.shape[0], w), 1)), 0
+        self.dw_sum = None
+        if not self.chunks:
             self.dw.zero_()
-        elif chunks > CHUNKS_IN_PLACE and w.dtype != torch.float32:
-            self.dw_sum = with_huge_pages(torch.empty_like(self.dw, dtype=torch.float32))
+        elif self.chunks > CHUNKS_IN_PLACE and w.dtype != torch.float32:
+            self.dw_sum = with_huge_pages(torch.empty_like(self.dw, dtype=torch.float32)).zero_()
         self.db_sum = torch.zeros_like(self.db, dtype=torch.float32)
 
     def add(self, chunk: slice, g: Tensor) -> None:
@@ -285,22 +285,22 @@ class _Gradients:
         if self.wanted[0]:
             torch.mm(g, self.w, out=self.dx[chunk])
         if self.wanted[1]:
-            self._add_weight(g.t(), self.x[chunk], first=chunk.start == 0)
+            self._add_weight(g.t(), self.x[chunk])
         if self.wanted[2]:
             self.db_sum += g.sum(0, dtype=torch.float32)
 
-    def _add_weight(self, g: Tensor, x: Tensor, first: bool) -> None:
-        if self.dw_sum is not self.dw:
-            for block, part in zip(g.split(CLASS_BLOCK), self.dw_sum.split(CLASS_BLOCK), strict=True):
-                product = block @ x
-                part.copy_(product) if first else part.add_(product)
-        elif first:
+    def _add_weight(self, g: Tensor, x: Tensor) -> None:
+        if self.added == 0 or (self.dw_sum is not None and self.added % CHUNKS_IN_PLACE == 0):
             torch.mm(g, x, out=self.dw)
         else:
             torch.addmm(self.dw, g, x, out=self.dw)
+        self.added += 1
+        if self.dw_sum is not None and (self.added % CHUNKS_IN_PLACE == 0 or self.added == self.chunks):
+            for part, block in zip(self.dw_sum.split(CLASS_BLOCK), self.dw.split(CLASS_BLOCK), strict=True):
+                part += block
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.dw_sum is not self.dw:
+        if self.dw_sum is not None:
             self.dw.copy_(self.dw_sum)
         return self.dx, self.dw, self.db.copy_(self.db_sum)
 

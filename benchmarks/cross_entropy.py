@@ -1,0 +1,25 @@
+"""cross_entropy against torch eager. Bytes: forward reads the logits; backward reads them and writes their gradient."""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from fastgpt import ops
+
+# GPT-2's vocabulary at one batch of 1024 positions, and bytes at the demo's batch.
+SHAPES = {"gpt2": (1024, 50257), "bytes": (4096, 256)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("work", ["forward", "forward_backward"])
+def test_cross_entropy(benchmark, work, shape, dtype):
+    rows, classes = SHAPES[shape]
+    logits = torch.randn(rows, classes, dtype=dtype, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+    calls = {
+        backend: getattr(harness, work)(ops.cross_entropy, logits, target, backend=backend)
+        for backend in ("fused", "torch")
+    }
+    passes = {"forward": 1, "forward_backward": 3}[work]
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=passes * logits.numel() * logits.element_size())

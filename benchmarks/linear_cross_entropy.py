@@ -1,0 +1,23 @@
+"""linear_cross_entropy against torch. Flops: those of the GEMMs, one in the forward and three with gradients."""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from fastgpt import ops
+
+ROWS, FEATURES, CLASSES = 1024, 768, 50257  # GPT-2 124M's head over 1024 positions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("work", ["forward", "forward_backward"])
+def test_linear_cross_entropy(benchmark, work, dtype):
+    x = torch.randn(ROWS, FEATURES, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(CLASSES, FEATURES) * 0.02).to(dtype).requires_grad_()
+    target = torch.randint(CLASSES, (ROWS,))
+    calls = {
+        backend: getattr(harness, work)(ops.linear_cross_entropy, x, weight, target, backend=backend)
+        for backend in ("fused", "torch")
+    }
+    gemms = {"forward": 1, "forward_backward": 3}[work]
+    harness.versus(benchmark, calls.pop("fused"), calls, flops=gemms * 2 * ROWS * FEATURES * CLASSES)
