@@ -17,25 +17,27 @@ namespace {
 inline Vec clamp_below(Vec s, float limit) { return max(splat(-limit), s); }
 inline Vec clamp_both(Vec s, float limit) { return min(splat(limit), clamp_below(s, limit)); }
 
+template <Target kFor>
 struct Exact {
-  static Vec value(Vec s) { return clamp_below(s, 15.0f) * normal(s).cdf; }
+  static Vec value(Vec s) { return clamp_below(s, 15.0f) * normal<kFor>(s).cdf; }
   static Vec derivative(Vec s) {
     const Vec bounded = clamp_both(s, 15.0f);
-    const Normal n = normal(bounded);
+    const Normal n = normal<kFor>(bounded);
     return n.cdf + bounded * n.density;
   }
 };
 
+template <Target kFor>
 struct Tanh {
   static constexpr float kSlope = 2.0f * 0.797884560802865356f;  // 2 sqrt(2 / pi)
   static constexpr float kCubic = 0.044715f;
   static Vec value(Vec s) {
     const Vec bounded = clamp_below(s, 100.0f);
-    return bounded * sigmoid(bounded * (kSlope + kSlope * kCubic * (bounded * bounded))).value;
+    return bounded * sigmoid<kFor>(bounded * (kSlope + kSlope * kCubic * (bounded * bounded))).value;
   }
   static Vec derivative(Vec s) {
     const Vec bounded = clamp_both(s, 100.0f), square = bounded * bounded;
-    const Sigmoid p = sigmoid(bounded * (kSlope + kSlope * kCubic * square));
+    const Sigmoid p = sigmoid<kFor>(bounded * (kSlope + kSlope * kCubic * square));
     const Vec slope = bounded * (kSlope + 3.0f * kSlope * kCubic * square);
     return p.value + p.value * p.complement * slope;
   }
@@ -107,7 +109,8 @@ Status gelu_forward(const GeluForward& p) {
   return dispatch_dtypes(p.dtype, p.bias_dtype, [&](auto t, auto w) {
     using T = typename decltype(t)::type;
     using W = typename decltype(w)::type;
-    return p.tanh ? forward<Tanh, T, W>(p) : forward<Exact, T, W>(p);
+    constexpr Target kFor = kTarget<T>;
+    return p.tanh ? forward<Tanh<kFor>, T, W>(p) : forward<Exact<kFor>, T, W>(p);
   });
 }
 
@@ -115,7 +118,8 @@ Status gelu_backward(const GeluBackward& p) {
   return dispatch_dtypes(p.dtype, p.bias_dtype, [&](auto t, auto w) {
     using T = typename decltype(t)::type;
     using W = typename decltype(w)::type;
-    return p.tanh ? backward<Tanh, T, W>(p) : backward<Exact, T, W>(p);
+    constexpr Target kFor = kTarget<W>;  // the gradient of a float bias is a float result
+    return p.tanh ? backward<Tanh<kFor>, T, W>(p) : backward<Exact<kFor>, T, W>(p);
   });
 }
 

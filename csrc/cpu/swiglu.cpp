@@ -18,7 +18,7 @@ Status forward(const SwigluForward& p) {
     T* y = static_cast<T*>(p.y) + row * p.cols + col;
     for_each_vector(count, [&](int64_t i, int64_t n) {
       Vec g = load(gate + i, n);
-      const Vec s = sigmoid(g).value;
+      const Vec s = sigmoid<kTarget<T>>(g).value;
       g = max(splat(-200.0f), g);  // s is 0 there: no inf * 0
       store(y + i, g * s * load(up + i, n), n);
     });
@@ -37,7 +37,7 @@ Status backward(const SwigluBackward& p) {
     for_each_vector(count, [&](int64_t i, int64_t n) {
       Vec g = load(gate + i, n);
       const Vec u = load(up + i, n), d = load(dy + i, n);
-      const Sigmoid s = sigmoid(g);
+      const Sigmoid s = sigmoid<kTarget<T>>(g);
       g = max(splat(-200.0f), g);
       const Vec silu = g * s.value;
       // silu (1 - s) = g s (1 - s) vanishes for large g, where silu may be infinite.
