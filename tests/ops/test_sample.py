@@ -165,6 +165,26 @@ def test_filters_keep_exactly_the_right_tokens(options, support, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("options", "support"),
+    [
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": math.nextafter(0.5, 1)}, {0, 1}),
+        ({"top_p": 0.75}, {0, 1}),
+        ({"top_p": math.nextafter(0.75, 1)}, {0, 1, 2, 3}),
+        ({"min_p": 0.5}, {0, 1}),
+        ({"min_p": math.nextafter(0.5, 1)}, {0}),
+        ({"min_p": math.nextafter(0.25, 0)}, {0, 1, 2, 3}),
+    ],
+)
+def test_boundaries_are_exact(options, support, backend):
+    """At this temperature the weights are powers of two, without rounding: 1/2, 1/4, 1/8, 1/8 of the whole."""
+    logits = torch.tensor([0.0, -1.0, -2.0, -2.0])
+    token, _ = ops.sample(logits.expand(200, -1), temperature=math.log2(math.e), **options, backend=backend)
+    assert set(token.tolist()) == support
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("options", FILTERS)
 def test_log_prob_within_the_budget(options, dtype, backend):
