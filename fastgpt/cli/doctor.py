@@ -133,7 +133,9 @@ def doctor() -> None:
     print(f"threads: {_C.thread_count()} ({pool})")
     fastgpt.explain()
 
-    table = Table("operator", "backend", "dtype", "worst at", "error", "budget", "", title="Error against float64")
+    table = Table(title="Error of the CPU kernels against float64")
+    for heading in ("operator", "dtype", "worst at", "error", "budget", ""):
+        table.add_column(heading, no_wrap=True)
     sound = True
     for name, case in sorted(cases().items()):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -142,10 +144,8 @@ def doctor() -> None:
             )
             fine = error <= budget
             sound &= fine
-            table.add_row(
-                name, "cpu", str(dtype).removeprefix("torch."), what, f"{error:.1e}", f"{budget:.1e}",
-                "[green]ok[/green]" if fine else "[red]over budget[/red]",
-            )  # fmt: skip
+            verdict = "[green]ok[/green]" if fine else "[red]over budget[/red]"
+            table.add_row(name, str(dtype).removeprefix("torch."), what, f"{error:.1e}", f"{budget:.1e}", verdict)
     Console().print(table)
     if not sound:
         print("A kernel is over its error budget on this machine: please report it with this output.")
