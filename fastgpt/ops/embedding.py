@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, positions, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 NO_PADDING = -1  # of padding
@@ -271,6 +271,7 @@ def _cpu_backward(
     if not dy.numel():
         return reference_backward(dy, input, starts, start, vocabulary, positions, padding, scale_grad_by_freq)
     dweight, dposition = _fake_backward(dy, input, starts, start, vocabulary, positions, padding, scale_grad_by_freq)
+    dweight = with_huge_pages(dweight)  # GPT-2's is 154 MB, nearly all of it zeros to write
     dy, dy_stride = as_rows(dy)
     input = input.contiguous()
     starts = None if starts is None else starts.contiguous()

@@ -1,0 +1,26 @@
+"""embedding of GPT-2's vocabulary with learned positions against torch eager.
+
+Bytes: forward reads a row of each table and writes one for each token; backward reads the gradient once for each table
+and writes both gradients whole (V x C is nearly all). Half of the tokens are among the first 6% of the vocabulary.
+"""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from fastgpt import ops
+
+B, T, V, C = 8, 1024, 50257, 768
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("work", ["forward", "forward_backward"])
+def test_embedding(benchmark, work, dtype):
+    tokens = (torch.rand(B, T) ** 4 * V).long()
+    weight, positions = (torch.randn(n, C, dtype=dtype, requires_grad=True) for n in (V, T))
+    calls = {
+        backend: getattr(harness, work)(ops.embedding, tokens, weight, position_weight=positions, backend=backend)
+        for backend in ("fused", "torch")
+    }
+    rows = {"forward": 3 * B * T, "forward_backward": 5 * B * T + V + T}[work]
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=rows * C * weight.element_size())
