@@ -104,8 +104,8 @@ struct Task {
   // out = o / l and lse = m + log(l) of one query. l == 0: it saw no key.
   void finish(int64_t b, int64_t h, int64_t i, const float* o, float m, float l) const {
     T* out = head(static_cast<T*>(p.out), p.out_strides, b, h) + i * p.out_strides[2];
-    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
-    for (int64_t c = 0; c < p.value_dim; c += kLanes) store(out + c, load(o + c) * inverse, p.value_dim - c);
+    const float divisor = l == 0.0f ? 1.0f : l;  // o is zero then
+    for (int64_t c = 0; c < p.value_dim; c += kLanes) store(out + c, load(o + c) / divisor, p.value_dim - c);
     p.lse[(b * p.heads + h) * p.queries + i] = l == 0.0f ? __builtin_inff() : m + log(splat(l))[0];
   }
 

@@ -1,4 +1,4 @@
-"""attention: softmax(scale Q K^T + mask) V without the L x S matrix in memory (FlashAttention, Dao et al., 2022; Dao, 2023).
+"""attention: softmax(scale Q K^T + mask) V without the L x S matrix in memory (FlashAttention: Dao et al., 2022; 2023).
 
 Shapes: B batch, Hq query heads, H key/value heads, L queries, S keys, E head dim of query and key, Ev of value.
 """
@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt.ops import checks, registry
 from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
@@ -40,14 +39,14 @@ def attention(
             (B, T, H, D) projection transposed to (B, H, T, D) are read in place.
         key: (..., H, S, E), of query's dtype.
         value: (..., H, S, Ev), of query's dtype. Leading dimensions may be absent, and they broadcast.
-        attn_mask: broadcastable to (..., Hq, L, S). Boolean (True takes part), or float32 or query's dtype (added to the
-            scores). One that requires grad gets its gradient, on the reference.
-        dropout_p: probability to drop an attention weight, applied whenever it is positive, as in torch; on the reference.
+        attn_mask: broadcastable to (..., Hq, L, S). Boolean (True takes part), or float32 or query's dtype (added to
+            the scores). One that requires grad gets its gradient, on the reference.
+        dropout_p: probability to drop an attention weight, applied whenever positive, as in torch; on the reference.
         is_causal: query i sees key j only where j <= i + shift. Combines with ``attn_mask``: a key must pass both.
         scale: of the scores; 1 / sqrt(E) if None.
         enable_gqa: Hq is a multiple of H, and Hq / H consecutive query heads share a key/value head.
-        causal_alignment: where the diagonal lies. "top_left" (torch's meaning): shift = 0. "bottom_right": shift = S - L,
-            so that the last query sees the last key, which decoding with a cache needs.
+        causal_alignment: where the diagonal lies. "top_left" (torch's meaning): shift = 0. "bottom_right": shift =
+            S - L, so that the last query sees the last key, which decoding with a cache needs.
         window: (left, right), as in FlashAttention: query i sees key j only where
             i + shift - left <= j <= i + shift + right; -1 is unlimited. ``is_causal`` makes right 0.
         backend: see ``fastgpt.ops``.
@@ -148,7 +147,7 @@ def _check(
         )
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(
-            f"attention: value has shape {tuple(value.shape)}; its length (the second last) must be {key.shape[-2]}, as in key"
+            f"attention: value has shape {tuple(value.shape)}; its length must be {key.shape[-2]}, as in key"
         )
     if attn_mask is not None:
         if not isinstance(attn_mask, Tensor):
@@ -217,7 +216,7 @@ def _four_dims(mask: Tensor, lead: tuple[int, ...], length: int, keys: int) -> T
     fits = extra <= 0 and all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(whole), strict=False))
     if not fits:
         raise ValueError(
-            f"attention: attn_mask has shape {tuple(mask.shape)}; it must broadcast to {whole} (..., heads, queries, keys)"
+            f"attention: attn_mask has shape {tuple(mask.shape)}; it must broadcast to {whole} (..., heads, L, S)"
         )
     if mask.dim() < 4:
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
@@ -283,6 +282,12 @@ def _scores(
     return scores if band is None else scores.masked_fill(~band, -math.inf)
 
 
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, zero (with zero derivatives) where a query sees no key."""
+    unseen = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(unseen, 0.0), -1).masked_fill(unseen, 0.0)
+
+
 def reference(
     query: Tensor,
     key: Tensor,
@@ -296,7 +301,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): P = softmax(scores), out = P V, lse = log(sum(exp(scores))).
 
-    A query that sees no key has lse = +inf, so that exp(scores - lse) is zero here and in the backward.
+    A query that sees no key has lse = +inf, so that exp(scores - lse) is zero for it in a kernel's backward.
     ``dropout_mask`` holds 0 or 1 / (1 - p) and multiplies P.
     """
     dtype, heads = _wide(query.dtype), query.shape[1]
@@ -304,7 +309,7 @@ def reference(
     scores = _scores(q, k, attn_mask, scale, left, right, bottom_right)
     lse = torch.logsumexp(scores, -1)
     lse = torch.where(lse == -math.inf, math.inf, lse)
-    p = torch.exp(scores - lse.unsqueeze(-1))
+    p = _softmax(scores)
     if dropout_mask is not None:
         p = p * dropout_mask
     return _result(p @ v, query), lse
@@ -325,7 +330,7 @@ def reference_backward(
     bottom_right: bool,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV, dmask). With P recomputed from the log-sum-exp:
+    """(dQ, dK, dV, dmask). With P recomputed (from the scores alone, which keeps second derivatives right):
 
     dV = P^T dO,  dP = dO V^T,  delta = rowsum(dO * O),  dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q,
     dmask = dS. Dropout multiplies P in dV and dP by its mask. Heads that share a key/value head add up.
@@ -333,7 +338,7 @@ def reference_backward(
     dtype, heads = _wide(query.dtype), query.shape[1]
     q, k, v = query.to(dtype), _grouped(key.to(dtype), heads), _grouped(value.to(dtype), heads)
     do = dout.to(dtype)
-    p = torch.exp(_scores(q, k, attn_mask, scale, left, right, bottom_right) - lse.unsqueeze(-1))
+    p = _softmax(_scores(q, k, attn_mask, scale, left, right, bottom_right))
     dp = do @ v.transpose(-2, -1)
     dv = (p if dropout_mask is None else p * dropout_mask).transpose(-2, -1) @ do
     if dropout_mask is not None:
@@ -441,7 +446,8 @@ def _cpu_backward(
     bottom_right: bool,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert dropout_mask is None and not mask_grad  # refused by attention()
+    assert dropout_mask is None  # refused by attention()
+    assert not mask_grad
     query, key, value, out, dout = (_rows(x) for x in (query, key, value, out, dout))
     dq, dk, dv = (_empty(query, *x.shape) for x in (query, key, value))
     none = query.new_empty(0)
@@ -525,7 +531,6 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         mask_grad = ctx.needs_input_grad[3]
         dq, dk, dv, dmask = _op_backward(dout, *ctx.saved_tensors, *ctx.options, mask_grad, ctx.backend)

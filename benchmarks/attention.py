@@ -1,0 +1,51 @@
+"""attention against torch's scaled_dot_product_attention. Flops: 4 T S D a head forward, 2.5 times that backward."""
+
+import pytest
+import torch
+
+from benchmarks import harness
+from fastgpt import ops
+
+HEADS, DIM = 12, 64
+
+
+def versus(benchmark, work, tensors, flops, **options):
+    calls = {
+        backend: getattr(harness, work)(ops.attention, *tensors, backend=backend, **options)
+        for backend in ("fused", "torch")
+    }
+    harness.versus(benchmark, calls.pop("fused"), calls, flops=flops * {"forward": 1, "forward_backward": 3.5}[work])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 256), (1, 1024)], ids=lambda s: f"B{s[0]} T{s[1]}")
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("work", ["forward", "forward_backward"])
+def test_attention(benchmark, work, causal, shape, dtype):
+    batch, length = shape
+    projection = torch.randn(batch, length, 3, HEADS, DIM, dtype=dtype).permute(2, 0, 3, 1, 4)
+    tensors = [t.detach().requires_grad_() for t in projection]
+    flops = 4 * batch * HEADS * length * length * DIM * (0.5 if causal else 1)
+    versus(benchmark, work, tensors, flops, is_causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [80, 128])
+def test_attention_head_dims(benchmark, dim, dtype):
+    tensors = [torch.randn(1, HEADS, 512, dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+    versus(benchmark, "forward_backward", tensors, 2 * HEADS * 512 * 512 * dim, is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [12, 4])
+def test_attention_decode(benchmark, kv_heads, dtype):
+    """One query over a cache of 1024 keys: bytes of K and V."""
+    query = torch.randn(1, HEADS, 1, DIM, dtype=dtype)
+    key, value = (torch.randn(1, kv_heads, 1024, DIM, dtype=dtype) for _ in range(2))
+    calls = {
+        backend: harness.forward(ops.attention, query, key, value, enable_gqa=True, backend=backend)
+        for backend in ("fused", "torch")
+    }
+    harness.versus(
+        benchmark, calls.pop("fused"), calls, bytes=2 * key.numel() * key.element_size(), flops=4 * HEADS * 1024 * DIM
+    )
