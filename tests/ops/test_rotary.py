@@ -161,6 +161,18 @@ def test_compiles_without_graph_breaks_and_once_for_every_offset():
         compiled(x, cos, sin, offsets=77, backend="cpu")
 
 
+@pytest.mark.slow
+def test_inductor_keeps_the_memory_order():
+    x = torch.randn(2, 9, 3, 8).transpose(1, 2).requires_grad_()
+    cos, sin = ops.rotary_tables(20, 8)
+    compiled = torch.compile(lambda x: ops.rotary(x * 2, cos, sin, backend="cpu") + 1, fullgraph=True)
+    upstream = torch.randn(2, 3, 9, 8)
+    for y in (compiled(x), ops.rotary(x * 2, cos, sin, backend="torch") + 1):
+        (dx,) = torch.autograd.grad(y, x, upstream)
+        torch.testing.assert_close(y, ops.rotary(x * 2, cos, sin, backend="cpu") + 1)
+        torch.testing.assert_close(dx, 2 * ops.rotary(upstream, cos, -sin, backend="torch"))
+
+
 def test_bits_do_not_depend_on_threads_or_batch_neighbours(restore_threads):
     t = harness.cast(make((7, 12, 40, 64), 64), torch.float32)
     results = []
