@@ -3,10 +3,10 @@
 The prompts go through the model in one pass, padded on the right, where no token of a prompt sees the padding. Then
 every pass gives each row one token, at that row's own position. Rows that are done leave the batch.
 
-A token is drawn by ops.sample from a random number that depends on the seed and on the token's position in its
-sequence, and on nothing else: a prompt is continued alike alone and in any batch, in one go and in several (but for the
-last bits of torch's matrix products, which may depend on the number of rows). For different continuations of one
-prompt, give each its seed.
+A token is drawn by ops.sample from a random number that depends on the seed, on the prompt's place in the list and on
+the token's position in its sequence, and on nothing else. With a list of seeds, one for each prompt, the place counts
+for nothing: a prompt is then continued alike alone and in any batch, in one go and in several (but for the last bits of
+torch's matrix products, which may depend on the number of rows).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def generate(
         top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: as in ops.sample; the penalties
             look at the prompt and at what was drawn. These, temperature and seed may be lists with one value a prompt.
         logit_bias: {token: number to add to its logit}; -inf forbids it.
-        seed: what all randomness comes from.
+        seed: what all randomness comes from. One for all: equal prompts are continued differently, by their places in
+            the list. A list: each continuation depends on its own seed alone.
         tokenizer: encodes text prompts, and makes the text of the results and of ``stream``.
         stop_tokens: end a sequence. Default: the tokenizer's end-of-text token, if there is a tokenizer.
         stop_strings: texts that end a sequence as soon as they appear in what is new; they need a tokenizer.
@@ -119,6 +120,8 @@ def generate(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
         "seed": seed,
+        # The key of a row's randomness beside the seed; not its place in the batch, which shrinks as rows end.
+        "row": 0 if len(rows) == 1 or not isinstance(seed, int) else list(range(len(rows))),
     }
     options = {name: _per_prompt(name, value, len(rows)) for name, value in options.items()}
     penalties = any(isinstance(options[name], Tensor) or options[name] != off for name, off in _NEUTRAL.items())
@@ -139,7 +142,6 @@ def generate(
             logit_bias=bias,
             previous_tokens=_padded([row.sequence for row in rows], -1, device) if penalties else None,
             position=_same_or_tensor([len(row.sequence) for row in rows], device),
-            row=0,  # a row's randomness must not depend on its place in the batch
         )
         going = []
         for place, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
@@ -279,7 +281,7 @@ def _per_prompt(name: str, value: Any, prompts: int) -> Any:
     values = list(value)
     if len(values) != prompts:
         raise ValueError(f"generate: {name} has {len(values)} values for {prompts} prompts")
-    integer = name in ("top_k", "seed")
+    integer = name in ("top_k", "seed", "row")
     for v in values:
         if isinstance(v, bool) or not isinstance(v, int if integer else (int, float)):
             raise TypeError(f"generate: {name} holds {v!r}; it must hold {'ints' if integer else 'numbers'}")

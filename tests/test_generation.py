@@ -48,7 +48,7 @@ def tokens(results):
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 50, "top_p": 0.9}, {"repetition_penalty": 1.3}])
 def test_a_prompt_is_continued_alike_alone_and_in_a_batch(name, options):
     model = make(name)
-    together = generate(model, PROMPTS, 20, seed=11, **options)
+    together = generate(model, PROMPTS, 20, seed=[11] * len(PROMPTS), **options)
     for prompt, result in zip(PROMPTS, together, strict=True):
         (alone,) = generate(model, [prompt], 20, seed=11, **options)
         assert alone.tokens == result.tokens
@@ -63,11 +63,11 @@ def test_a_prompt_is_continued_alike_alone_and_in_a_batch(name, options):
 def test_tokens_are_those_of_uncached_logits(name):
     """Draws every token again from the logits of a plain forward pass over the whole sequence so far."""
     model = make(name)
-    for result in generate(model, PROMPTS, 12, seed=5, temperature=0.9):
+    for row, result in enumerate(generate(model, PROMPTS, 12, seed=5, temperature=0.9)):
         sequence = list(result.prompt)
         for token, log_prob in zip(result.tokens, result.log_probs, strict=True):
             logits = model(torch.tensor([sequence]))[:, -1]
-            drawn, expected = model.ops.sample(logits, temperature=0.9, seed=5, position=len(sequence), row=0)
+            drawn, expected = model.ops.sample(logits, temperature=0.9, seed=5, position=len(sequence), row=row)
             assert token == drawn.item()
             assert log_prob == pytest.approx(expected.item(), abs=1e-4)
             sequence.append(token)
@@ -85,6 +85,7 @@ def test_seeds():
     same = tokens(generate(model, PROMPTS, 10, seed=1))
     assert tokens(generate(model, PROMPTS, 10, seed=1)) == same
     assert tokens(generate(model, PROMPTS, 10, seed=2)) != same
+    assert len({tuple(row) for row in tokens(generate(model, [PROMPTS[0]] * 3, 10, seed=1))}) == 3
     each = generate(model, [PROMPTS[0]] * 3, 10, seed=[1, 2, 2**64 - 1])
     assert each[0].tokens == same[0]
     assert len({tuple(r.tokens) for r in each}) == 3
@@ -224,7 +225,7 @@ def test_a_prompt_longer_than_the_context():
     with pytest.raises(ValueError, match=r"prompts\[1\] has 60 tokens, but the model's context holds 48"):
         generate(model, [[1], prompt], 4)
     with pytest.warns(UserWarning, match=r"dropped the first 16 of the 60 tokens of prompts\[1\]"):
-        untouched, cut = generate(model, [[1], prompt], 4, truncate="left")
+        untouched, cut = generate(model, [[1], prompt], 4, truncate="left", seed=[0, 0])
     assert (untouched.prompt, untouched.dropped) == ([1], 0)
     assert (cut.prompt, cut.dropped, cut.finish_reason) == (prompt[16:], 16, "length")
     assert tokens(generate(model, [prompt[16:]], 4)) == [cut.tokens]

@@ -271,6 +271,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        registry.refuse_second_derivative("layer_norm")
         x, weight, mean, rstd = ctx.saved_tensors
         if dy is None:  # only the sum was used
             dy = torch.zeros_like(x)

@@ -107,10 +107,11 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def refuse_second_derivative(name: str) -> None:
-    """For an autograd.Function's backward: the operators differentiate once, and say so instead of losing a term."""
+    """For the backward of an autograd.Function that saves results of the forward: their dependence on the inputs is
+    lost to a second derivative, so it is an error rather than a wrong number."""
     if torch.is_grad_enabled():
         raise NotImplementedError(
-            f"{name}: the fused gradient has no derivative of its own, so create_graph=True is not possible; "
+            f"{name}: the gradient has no derivative of its own, so create_graph=True is not possible; "
             "backend='torch' can be differentiated twice"
         )
 

@@ -215,6 +215,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        registry.refuse_second_derivative("rms_norm")
         x, weight, rstd = ctx.saved_tensors
         if dy is None:  # only the sum was used
             dy = torch.zeros_like(x)

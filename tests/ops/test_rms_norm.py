@@ -124,6 +124,13 @@ def test_gradcheck_of_the_formula(parts):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_no_second_derivative(backend):
+    x = torch.randn(2, 8, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="rms_norm: the gradient has no derivative of its own"):
+        torch.autograd.grad(ops.rms_norm(x, (8,), backend=backend).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_registration(backend):
     x, r, w = (torch.randn(s, requires_grad=True) for s in ((3, 8), (3, 8), (8,)))
     harness.opcheck("rms_norm", (x, r, w, 1, 1e-5, backend))
