@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SECONDS_PER_CASE = 1.5
-ROUNDS = (5, 200)  # fewest and most
+ROUNDS = (3, 200)  # fewest and most
 
 Call = Callable[[], Any]
 

@@ -58,6 +58,7 @@ def test_gpt3_175b_exactly():
 def test_defaults_follow_from_the_other_fields():
     c = GPTConfig(**SMALL)
     assert (c.kv_heads, c.head_dim, c.mlp_width, c.qkv_bias) == (4, 8, 128, True)
+    assert GPTConfig(**{**SMALL, "width": 768}, activation="swiglu").mlp_width == 2048
     c = GPTConfig(**SMALL, bias=False, head_dim=6, kv_heads=2, mlp_width=48)
     assert (c.kv_heads, c.head_dim, c.mlp_width, c.qkv_bias) == (2, 6, 48, False)
 

@@ -35,10 +35,10 @@ DEMO = "demo.json"  # in the run's folder: its settings, the comparison, how it 
 OPS = ("fused", "reference", "torch")
 WARM_UP = 2  # steps of each that are not counted: memory and threads find their places
 BLOCK = 5  # steps in a row with the same operators
-STEPS = 500
+STEPS = 1400
 COMPARED = 20
 BATCH_SIZE = 8
-LR = 2e-3
+LR = 4e-3
 PROMPTS = ("The ", "Return ", "")
 SAMPLE_TOKENS = 240  # with the prompt, no more than the context of 256
 
