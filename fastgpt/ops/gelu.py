@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate
 
 _CUBIC = 0.044715
@@ -100,7 +100,7 @@ def reference_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: 
 def _cpu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty_like(x)
+    y = with_huge_pages(torch.empty_like(x))
     if x.numel():
         cols = x.numel() if bias is None else x.shape[-1]
         _C.cpu.gelu_forward(
@@ -121,7 +121,7 @@ def _cpu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
         return reference_backward(dy, x, bias, approximate)
     x, dy = x.contiguous(), dy.contiguous()
     bias = None if bias is None else bias.contiguous()
-    dx = torch.empty_like(x)
+    dx = with_huge_pages(torch.empty_like(x))
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     cols = x.numel() if bias is None else x.shape[-1]
     _C.cpu.gelu_backward(

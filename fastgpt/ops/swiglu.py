@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 
@@ -101,7 +101,7 @@ def _strided_halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, in
 
 def _cpu(gate: Tensor, up: Tensor | None) -> Tensor:
     g, u, gate_stride, up_stride = _strided_halves(gate, up)
-    y = gate.new_empty(g.shape if gate.dim() else ())
+    y = with_huge_pages(gate.new_empty(g.shape if gate.dim() else ()))
     if y.numel():
         _C.cpu.swiglu_forward(
             y=pointer(y),
@@ -119,8 +119,8 @@ def _cpu(gate: Tensor, up: Tensor | None) -> Tensor:
 def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     g, u, gate_stride, up_stride = _strided_halves(gate, up)
-    dgate = gate.new_empty(gate.shape)
-    dup = gate.new_empty(0 if up is None else up.shape)
+    dgate = with_huge_pages(gate.new_empty(gate.shape))
+    dup = with_huge_pages(gate.new_empty(0 if up is None else up.shape))
     if dy.numel():
         cols = g.shape[-1]
         into_gate, into_up = _halves(dgate, None if up is None else dup)
