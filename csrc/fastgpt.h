@@ -35,51 +35,104 @@ struct Status {
   int64_t value = 0;  // what was found there
 };
 
-// out = softmax(scale Q K^T + mask) V, lse = log(sum(exp(scores))), per query; lse = +inf where a query sees no key.
-// Query i sees key j where first <= j < last: i + shift - left <= j <= i + shift + right (a negative side: no limit).
-// Query head h reads key/value head h / (heads / kv_heads). Strides are in elements; the last dimension is contiguous.
+// Attention, of query i and key j of batch row b and query head h, which reads key/value head h / (heads / kv_heads):
+//
+//   s = scale q_i . k_j                            s = softcap tanh(s / softcap)          where softcap > 0
+//   s = s - alibi[b, h] |i + keys - queries - j|   s = s + mask[b, h, i, j], or -inf where a boolean mask is false
+//   s = -inf unless i + shift - left <= j <= i + shift + right (a negative side: no limit), shift = keys - queries if
+//       bottom_right, else 0
+//   lse = log(exp(sink[h]) + sum_j exp(s_j)), +inf where nothing is summed (no sink, and no key is seen)
+//   P = exp(s - lse), out_i = sum_j dropped(P)_j v_j
+//
+// Dropout: weight (b, h, i, j) is zero where value < dropout_threshold, else multiplied by 65536 / (65536 -
+// dropout_threshold), with the 16-bit value of dropout_value(dropout_words(seed, b * heads + h, i, j / 8), j % 8), see
+// core/philox.h. Threshold 65536 drops all.
+//
+// Strides are in elements and the last dimension is contiguous. Where batch row b lies:
+//   dense    queries and keys are every row's lengths; strides are of batch, head, row.
+//   varlen   cu_seqlens_q and cu_seqlens_k [B + 1] are given: row b has queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1]
+//            of q [total_queries, H, D] and the keys likewise; batch strides are 0; `queries` and `keys` are upper
+//            bounds of the lengths; i, j, queries and keys in the formulas above are the row's own. Rows of no sequence
+//            are not written: the caller has zeroed them.
+//   cache    cache_seqlens [B] is given (forward only): row b has the keys 0 .. cache_seqlens[b], which is `keys` in
+//   the
+//            formulas above; `keys` is the upper bound. Without block_table k is [B, keys, Hkv, D]. With it k is
+//            [pages, page_size, Hkv, D], the batch stride is of a page, and key j is row j % page_size of page
+//            block_table[b * block_table_stride + j / page_size]. Pages past the row's last key hold anything.
 struct AttentionForward {
   void* out;              // [B, H, T, Dv]
-  float* lse;             // [B, H, T], contiguous
+  float* lse;             // [B, H, T], of varlen [H, total_queries]; lse_strides are of batch and head
   const void* q;          // [B, H, T, D]
   const void* k;          // [B, Hkv, S, D]
   const void* v;          // [B, Hkv, S, Dv]
   const void* mask;       // [B, H, T, S] or null
+  const float* sinks;     // [H] or null
+  const float* alibi;     // [B, H], alibi_stride from one batch row to the next (0: the same for all); or null
+  const int64_t* dropout_seed;  // one element; null without dropout
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  const int32_t* cache_seqlens;
+  const int32_t* block_table;
   int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
+  int64_t total_queries, total_keys;  // over the batch: B T and B S if dense; of a cache, total_keys is 0
   int64_t out_strides[3], q_strides[3], k_strides[3], v_strides[3];  // of batch, head, row
+  int64_t lse_strides[2];
   int64_t mask_strides[4];
-  int64_t left, right, shift;
-  double scale;
+  int64_t alibi_stride, block_table_stride, page_size;  // page_size: 0 without block_table
+  int64_t left, right;
+  int64_t dropout_threshold;  // 0: no dropout
+  int64_t num_splits;     // pieces that the keys of a query are split into; 0: the kernel chooses
+  double scale, softcap;  // softcap 0: none
+  bool bottom_right;
   DType dtype;            // of q, k, v, out
   DType mask_dtype;       // of an additive mask
   bool mask_bool;         // the mask is boolean: true takes part
-  FASTGPT_FIELDS(out, lse, q, k, v, mask, batch, heads, kv_heads, queries, keys, dim, value_dim, out_strides, q_strides,
-                 k_strides, v_strides, mask_strides, left, right, shift, scale, dtype, mask_dtype, mask_bool)
+  FASTGPT_FIELDS(out, lse, q, k, v, mask, sinks, alibi, dropout_seed, cu_seqlens_q, cu_seqlens_k, cache_seqlens,
+                 block_table, batch, heads, kv_heads, queries, keys, dim, value_dim, total_queries, total_keys,
+                 out_strides, q_strides, k_strides, v_strides, lse_strides, mask_strides, alibi_stride,
+                 block_table_stride, page_size, left, right, dropout_threshold, num_splits, scale, softcap,
+                 bottom_right, dtype, mask_dtype, mask_bool)
 };
 
-// Gradients of AttentionForward from its inputs, its output and its log-sum-exp.
+// Gradients of AttentionForward from its inputs, its output and its log-sum-exp; dense and varlen. No gradient of the
+// mask nor of alibi. With dP = dout V^T (dropped as P was) and delta = rowsum(dout * out):
+//   ds = P (dP - delta), times 1 - tanh(s / softcap)^2 for q and k;  dsinks[h] = -sum over b, i of exp(sink - lse)
+//   delta
 struct AttentionBackward {
   void* dq;               // [B, H, T, D]
   void* dk;               // [B, Hkv, S, D]
   void* dv;               // [B, Hkv, S, Dv]
+  float* dsinks;          // [H]; null without sinks
   const void* dout;       // [B, H, T, Dv]
   const void* out;        // [B, H, T, Dv]
-  const float* lse;       // [B, H, T], contiguous
+  const float* lse;       // as AttentionForward left it
   const void* q;
   const void* k;
   const void* v;
   const void* mask;
+  const float* sinks;
+  const float* alibi;
+  const int64_t* dropout_seed;
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
   int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
+  int64_t total_queries, total_keys;
   int64_t dq_strides[3], dk_strides[3], dv_strides[3], dout_strides[3], out_strides[3], q_strides[3], k_strides[3],
       v_strides[3];
+  int64_t lse_strides[2];
   int64_t mask_strides[4];
-  int64_t left, right, shift;
-  double scale;
+  int64_t alibi_stride;
+  int64_t left, right;
+  int64_t dropout_threshold;
+  double scale, softcap;
+  bool bottom_right;
   DType dtype, mask_dtype;
   bool mask_bool;
-  FASTGPT_FIELDS(dq, dk, dv, dout, out, lse, q, k, v, mask, batch, heads, kv_heads, queries, keys, dim, value_dim,
+  FASTGPT_FIELDS(dq, dk, dv, dsinks, dout, out, lse, q, k, v, mask, sinks, alibi, dropout_seed, cu_seqlens_q,
+                 cu_seqlens_k, batch, heads, kv_heads, queries, keys, dim, value_dim, total_queries, total_keys,
                  dq_strides, dk_strides, dv_strides, dout_strides, out_strides, q_strides, k_strides, v_strides,
-                 mask_strides, left, right, shift, scale, dtype, mask_dtype, mask_bool)
+                 lse_strides, mask_strides, alibi_stride, left, right, dropout_threshold, scale, softcap, bottom_right,
+                 dtype, mask_dtype, mask_bool)
 };
 
 // y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over rows of C, where s = x + residual.

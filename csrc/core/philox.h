@@ -4,7 +4,8 @@
 // same word without state. fastgpt's keys and counters, here and in fastgpt/ops/philox.py:
 //
 //   key     = (seed mod 2^32, seed div 2^32)
-//   counter = (position mod 2^32, position div 2^32, row, stream)
+//   counter = (position mod 2^32, position div 2^32, row, stream)   sampling
+//   counter = (key div 8, query, batch * heads + head, stream)      dropout of attention weights
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,7 @@ namespace fastgpt::FASTGPT_ISA {
 
 // Counter word 3: one constant per consumer, so that two consumers with one seed do not share numbers.
 constexpr uint32_t kSampleStream = 1;
+constexpr uint32_t kAttentionStream = 2;
 
 struct PhiloxWords {
   uint32_t word[4];
@@ -45,6 +47,19 @@ FASTGPT_PHILOX_INLINE uint64_t uniform_bits(uint64_t seed, uint32_t row, uint64_
       philox4x32({{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), row, stream}},
                  static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return uint64_t{words.word[0]} << 32 | words.word[1];
+}
+
+// The bits that decide on the weights of `query` with the eight keys 8 key_block .. 8 key_block + 7, in attention;
+// head = batch * heads + head.
+FASTGPT_PHILOX_INLINE PhiloxWords dropout_words(int64_t seed, int64_t head, int64_t query, int64_t key_block) {
+  return philox4x32(
+      {{static_cast<uint32_t>(key_block), static_cast<uint32_t>(query), static_cast<uint32_t>(head), kAttentionStream}},
+      static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));
+}
+
+// The 16-bit value of key 8 key_block + n, n in 0 .. 7: the low half of a word comes before its high half.
+FASTGPT_PHILOX_INLINE uint32_t dropout_value(const PhiloxWords& words, int n) {
+  return words.word[n / 2] >> (n % 2 * 16) & 0xffffu;
 }
 
 }  // namespace fastgpt::FASTGPT_ISA

@@ -221,7 +221,7 @@ struct Band {
         keys(p.keys),
         left(least(p.left, p.queries + p.keys)),
         right(least(p.right, p.queries + p.keys)),
-        shift(p.shift) {}
+        shift(p.bottom_right ? p.keys - p.queries : 0) {}
   int64_t first(int64_t i) const { return left < 0 ? 0 : least(most(i + shift - left, 0), keys); }
   int64_t last(int64_t i) const { return right < 0 ? keys : least(most(i + shift + right + 1, 0), keys); }
 };
