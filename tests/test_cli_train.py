@@ -150,7 +150,7 @@ def test_ops_by_name():
         (["--lr", "nan"], "lr=nan must be finite"),
         (["--heads", "3"], "width=16 does not divide into heads=3"),
         (["--context", "100000"], "needs at least 100001"),
-        (["--ops", "cuda"], "no backend 'cuda'"),
+        (["--ops", "gpu"], "no backend 'gpu'"),
         (["--ops", "attention=quick"], "no backend 'quick'"),
         (["--preset", "gpt5"], "preset='gpt5' is unknown"),
         (["--dtype", "int8"], "dtype='int8' is unknown"),

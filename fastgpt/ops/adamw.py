@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw  # torch.optim hides its module adamw
 
-from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops import checks, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -310,7 +310,7 @@ def reference(
     return norm
 
 
-# --- CPU ---
+# --- kernels ---
 
 
 def _addresses(tensors: Sequence[Tensor]) -> array[int]:
@@ -330,11 +330,11 @@ def _sizes(tensors: Sequence[Tensor]) -> array[int]:
     return array("q", [t.numel() for t in tensors])
 
 
-def _cpu_norm(grads: Sequence[Tensor], grad_scale: float) -> Tensor:
+def _native_norm(kernels: Kernels, grads: Sequence[Tensor], grad_scale: float) -> Tensor:
     grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
     norm = grads[0].new_empty((), dtype=torch.float32)
     pointers, sizes, dtypes = _addresses(grads), _sizes(grads), _dtypes(grads)
-    _C.cpu.grad_norm(
+    kernels.grad_norm(
         norm=norm.data_ptr(),
         grads=_address(pointers),
         sizes=_address(sizes),
@@ -345,7 +345,8 @@ def _cpu_norm(grads: Sequence[Tensor], grad_scale: float) -> Tensor:
     return norm
 
 
-def _cpu(
+def _native(
+    kernels: Kernels,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -373,7 +374,7 @@ def _cpu(
     if len(set(changed)) != len(changed):
         raise ValueError("adamw: two of the tensors to change are the same memory; each must be its own")
     sizes, param_dtypes, grad_dtypes = _sizes(params), _dtypes(params), _dtypes(grads)
-    _C.cpu.adamw(
+    kernels.adamw(
         params=_address(lists[0]),
         grads=_address(lists[1]),
         exp_avgs=_address(lists[2]),
@@ -416,13 +417,13 @@ _op = registry.define(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters,"
     " Tensor? total_norm, SymInt step, float lr, float beta1, float beta2, float eps, float weight_decay,"
     " float? max_norm, float grad_scale, bool maximize) -> Tensor",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
 )
 _op_norm = registry.define(
     "grad_norm",
     "(Tensor[] grads, float grad_scale) -> Tensor",
-    {"reference": reference_norm, "cpu": _cpu_norm},
+    {"reference": reference_norm, **native.backends(_native_norm)},
     _fake_norm,
 )
 registry.owner("adamw", "cpu", "cpu", "all tensors in one call; the norm and clipping without writing gradients")

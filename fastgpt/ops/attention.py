@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops import checks, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
 
 _MAX_HEAD_DIM = 256  # of the fused kernels
 
@@ -355,7 +355,7 @@ def reference_backward(
     return _result(dq, query), _result(dk, query), _result(dv, query), dmask
 
 
-# --- CPU ---
+# --- kernels ---
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -415,7 +415,8 @@ def _common_fields(
     }
 
 
-def _cpu(
+def _native(
+    kernels: Kernels,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -433,7 +434,7 @@ def _cpu(
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     if not out.numel() or not key.shape[2]:
         return out.zero_(), lse.fill_(math.inf)
-    _C.cpu.attention_forward(
+    kernels.attention_forward(
         out=pointer(out),
         lse=pointer(lse),
         cache_seqlens=None,
@@ -447,7 +448,8 @@ def _cpu(
     return out, lse
 
 
-def _cpu_backward(
+def _native_backward(
+    kernels: Kernels,
     dout: Tensor,
     query: Tensor,
     key: Tensor,
@@ -469,7 +471,7 @@ def _cpu_backward(
     none = query.new_empty(0)
     if not out.numel() or not key.shape[2]:
         return dq.zero_(), dk.zero_(), dv.zero_(), none
-    _C.cpu.attention_backward(
+    kernels.attention_backward(
         dq=pointer(dq),
         dk=pointer(dk),
         dv=pointer(dv),
@@ -558,7 +560,7 @@ _op = registry.define(
     "attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_mask, float scale, int left,"
     " int right, bool bottom_right) -> (Tensor, Tensor)",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _Attention,
 )
@@ -567,7 +569,7 @@ _op_backward = registry.define(
     "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_mask, Tensor out,"
     " Tensor lse, float scale, int left, int right, bool bottom_right, bool mask_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("attention", "cpu", "cpu", "online softmax, never an L x S matrix; deterministic gradients")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
 
-from fastgpt.ops import checks, registry
+from fastgpt.ops import checks, native, registry
 from fastgpt.ops.losses import (
     check_class_weight,
     check_options,
@@ -28,7 +28,7 @@ from fastgpt.ops.losses import (
     row_scale,
     unfused_options,
 )
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 
@@ -171,18 +171,24 @@ def reference_backward(
     return dx.where(counts, 0).to(x.dtype)
 
 
-# --- CPU ---
+# --- kernels ---
 
 
-def _cpu(
-    x: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float
+def _native(
+    kernels: Kernels,
+    x: Tensor,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, stride = as_rows(x)
     target = target.contiguous()
     loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
     totals = x.new_zeros(2, dtype=torch.float64)
     try:
-        _C.cpu.cross_entropy_forward(
+        kernels.cross_entropy_forward(
             loss=pointer(loss),
             maximum=pointer(maximum),
             sum_exp=pointer(sum_exp),
@@ -207,7 +213,8 @@ def _cpu(
     return reduce_rows(loss, totals, reduction).to(x.dtype), maximum, sum_exp, totals[1].float()
 
 
-def _cpu_backward(
+def _native_backward(
+    kernels: Kernels,
     dloss: Tensor,
     x: Tensor,
     target: Tensor,
@@ -222,7 +229,7 @@ def _cpu_backward(
     x, stride = as_rows(x)
     target, scale = target.contiguous(), row_scale(dloss, total, reduction).contiguous()
     dx = with_huge_pages(x.new_empty(x.shape))
-    _C.cpu.cross_entropy_backward(
+    kernels.cross_entropy_backward(
         dx=pointer(dx),
         scale=pointer(scale),
         maximum=pointer(maximum),
@@ -284,14 +291,14 @@ _OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss
 _op = registry.define(
     "cross_entropy",
     f"(Tensor x, Tensor target, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _CrossEntropy,
 )
 _op_backward = registry.define(
     "cross_entropy_backward",
     f"(Tensor dloss, Tensor x, Tensor target, Tensor maximum, Tensor sum_exp, Tensor total, {_OPTIONS}) -> Tensor",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("cross_entropy", "cpu", "cpu", "the loss in one pass over the logits, the gradient in another")

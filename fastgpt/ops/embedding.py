@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, positions, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops import checks, native, positions, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 NO_PADDING = -1  # of padding
@@ -194,7 +194,7 @@ def reference_backward(
     return dweight, dposition
 
 
-# --- CPU ---
+# --- kernels ---
 
 
 def _sequences(input: Tensor, starts: Tensor | None, start: int) -> dict[str, Any]:
@@ -219,7 +219,8 @@ def _explain_bad_index(input: Tensor, vocabulary: int, starts: Tensor | None, po
         _check_starts(input, starts, position_rows)
 
 
-def _cpu(
+def _native(
+    kernels: Kernels,
     input: Tensor,
     weight: Tensor,
     position_weight: Tensor | None,
@@ -240,7 +241,7 @@ def _cpu(
         position_weight, position_stride = as_rows(position_weight)
     position_rows = 0 if position_weight is None else position_weight.shape[0]
     try:
-        _C.cpu.embedding_forward(
+        kernels.embedding_forward(
             y=y.data_ptr(),
             weight=weight.data_ptr(),
             position_weight=pointer(position_weight),
@@ -258,7 +259,8 @@ def _cpu(
     return y
 
 
-def _cpu_backward(
+def _native_backward(
+    kernels: Kernels,
     dy: Tensor,
     input: Tensor,
     starts: Tensor | None,
@@ -276,7 +278,7 @@ def _cpu_backward(
     input = input.contiguous()
     starts = None if starts is None else starts.contiguous()
     try:
-        _C.cpu.embedding_backward(
+        kernels.embedding_backward(
             dweight=None if vocabulary == NOT_WANTED else pointer(dweight),
             dposition_weight=None if positions == NOT_WANTED else pointer(dposition),
             dy=dy.data_ptr(),
@@ -363,7 +365,7 @@ _op = registry.define(
     "embedding",
     "(Tensor input, Tensor weight, Tensor? position_weight, Tensor? starts, SymInt start, int padding,"
     " bool scale_grad_by_freq) -> Tensor",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _Embedding,
 )
@@ -371,7 +373,7 @@ _op_backward = registry.define(
     "embedding_backward",
     "(Tensor dy, Tensor input, Tensor? starts, SymInt start, SymInt vocabulary, SymInt positions, int padding,"
     " bool scale_grad_by_freq) -> (Tensor, Tensor)",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("embedding", "cpu", "cpu", "token and position rows in one pass; sorted, deterministic backward")

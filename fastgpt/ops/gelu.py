@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops import checks, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate
 
 _CUBIC = 0.044715
@@ -94,16 +94,16 @@ def reference_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: 
     return dx.to(x.dtype), (dx.sum(rows) if rows else dx).to(bias.dtype)
 
 
-# --- CPU ---
+# --- kernels ---
 
 
-def _cpu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+def _native(kernels: Kernels, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = with_huge_pages(torch.empty_like(x))
     if x.numel():
         cols = x.numel() if bias is None else x.shape[-1]
-        _C.cpu.gelu_forward(
+        kernels.gelu_forward(
             y=pointer(y),
             x=pointer(x),
             bias=pointer(bias),
@@ -116,7 +116,9 @@ def _cpu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     return y
 
 
-def _cpu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+def _native_backward(
+    kernels: Kernels, dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return reference_backward(dy, x, bias, approximate)
     x, dy = x.contiguous(), dy.contiguous()
@@ -124,7 +126,7 @@ def _cpu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
     dx = with_huge_pages(torch.empty_like(x))
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     cols = x.numel() if bias is None else x.shape[-1]
-    _C.cpu.gelu_backward(
+    kernels.gelu_backward(
         dx=pointer(dx),
         dbias=None if bias is None else pointer(dbias),
         dy=pointer(dy),
@@ -167,14 +169,14 @@ class _GELU(torch.autograd.Function):
 _op = registry.define(
     "gelu",
     "(Tensor x, Tensor? bias, str approximate) -> Tensor",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _GELU,
 )
 _op_backward = registry.define(
     "gelu_backward",
     "(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("gelu", "cpu", "cpu", "vector exp in one pass, bias fused, saves only the input")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops import checks, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -145,11 +145,17 @@ def reference_backward(
     return dx.to(x.dtype), dweight, dbias
 
 
-# --- CPU ---
+# --- kernels ---
 
 
-def _cpu(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
+def _native(
+    kernels: Kernels,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -162,7 +168,7 @@ def _cpu(
     rstd = torch.empty_like(mean)
     if x.numel():
         affine = weight if weight is not None else bias
-        _C.cpu.layer_norm_forward(
+        kernels.layer_norm_forward(
             y=pointer(y),
             sum=None if residual is None else pointer(sum),
             mean=pointer(mean),
@@ -180,7 +186,8 @@ def _cpu(
     return y, sum, mean, rstd
 
 
-def _cpu_backward(
+def _native_backward(
+    kernels: Kernels,
     dy: Tensor,
     dsum: Tensor | None,
     x: Tensor,
@@ -201,7 +208,7 @@ def _cpu_backward(
     dtype = x.dtype if weight is None else weight.dtype
     dweight = none if weight is None else x.new_empty(shape, dtype=dtype)
     dbias = x.new_empty(shape, dtype=dtype) if bias else none
-    _C.cpu.layer_norm_backward(
+    kernels.layer_norm_backward(
         dx=pointer(dx),
         dweight=None if weight is None else pointer(dweight),
         dbias=pointer(dbias) if bias else None,
@@ -293,7 +300,7 @@ _op = registry.define(
     "layer_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _LayerNorm,
 )
@@ -301,7 +308,7 @@ _op_backward = registry.define(
     "layer_norm_backward",
     "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool bias, int dims)"
     " -> (Tensor, Tensor, Tensor)",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("layer_norm", "cpu", "cpu", "one pass over the row from memory, deterministic weight gradients")

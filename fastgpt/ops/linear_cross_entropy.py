@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, registry
+from fastgpt.ops import checks, native, registry
 from fastgpt.ops.cross_entropy import reference as cross_entropy_reference
 from fastgpt.ops.cross_entropy import reference_backward as cross_entropy_reference_backward
 from fastgpt.ops.cross_entropy import torch_eager as cross_entropy_torch_eager
@@ -35,7 +35,7 @@ from fastgpt.ops.losses import (
     row_scale,
     unfused_options,
 )
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate
 
 
@@ -238,7 +238,7 @@ def _empty_gradients(x: Tensor, w: Tensor, b: Tensor | None, wanted: list[bool])
     return dx, dw, db
 
 
-# --- CPU ---
+# --- kernels ---
 
 # Logits in memory at a time. Less makes the GEMMs read linear_weight more often, more gains nothing.
 CHUNK_BYTES = 32 << 20
@@ -323,6 +323,7 @@ class _CountingRows:
 
 
 def _run(
+    kernels: Kernels,
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -341,7 +342,7 @@ def _run(
     totals = x.new_zeros(2, dtype=torch.float64)
     gradients = None if wanted is None else _Gradients(x, w, b, wanted)
     for chunk, logits in _chunks(x, w):
-        _C.cpu.cross_entropy_forward(
+        kernels.cross_entropy_forward(
             loss=pointer(loss[chunk]),
             maximum=pointer(maximum[chunk]),
             sum_exp=pointer(sum_exp[chunk]),
@@ -370,7 +371,8 @@ def _run(
     return (result, *saved), (counting.put_back(dx) if gradients.wanted[0] else dx, dw, db)
 
 
-def _cpu(
+def _native(
+    kernels: Kernels,
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -380,10 +382,11 @@ def _cpu(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run(x, w, b, target, reduction, ignore_index, label_smoothing, z_loss, None)[0]
+    return _run(kernels, x, w, b, target, reduction, ignore_index, label_smoothing, z_loss, None)[0]
 
 
-def _cpu_gradients(
+def _native_gradients(
+    kernels: Kernels,
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -394,12 +397,13 @@ def _cpu_gradients(
     z_loss: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results, gradients = _run(x, w, b, target, reduction, ignore_index, label_smoothing, z_loss, wanted)
+    results, gradients = _run(kernels, x, w, b, target, reduction, ignore_index, label_smoothing, z_loss, wanted)
     assert gradients is not None
     return *results, *gradients
 
 
-def _cpu_backward(
+def _native_backward(
+    kernels: Kernels,
     dloss: Tensor,
     x: Tensor,
     w: Tensor,
@@ -420,7 +424,7 @@ def _cpu_backward(
     maximum, sum_exp = counting.select(maximum), counting.select(sum_exp)
     gradients = _Gradients(x, w, b, wanted)
     for chunk, logits in _chunks(x, w):
-        _C.cpu.cross_entropy_backward(
+        kernels.cross_entropy_backward(
             dx=pointer(logits),
             scale=pointer(scale[chunk]),
             maximum=pointer(maximum[chunk]),
@@ -511,21 +515,21 @@ _OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss
 _op = registry.define(
     "linear_cross_entropy",
     f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _LinearCrossEntropy,
 )
 _op_gradients = registry.define(
     "linear_cross_entropy_gradients",
     f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference_gradients, "cpu": _cpu_gradients},
+    {"reference": reference_gradients, **native.backends(_native_gradients)},
     _fake_gradients,
 )
 _op_backward = registry.define(
     "linear_cross_entropy_backward",
     f"(Tensor dloss, {_TENSORS}, Tensor maximum, Tensor sum_exp, Tensor total, {_OPTIONS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("linear_cross_entropy", "cpu", "cpu", "never more than 32 MiB of logits in memory")

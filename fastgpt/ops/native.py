@@ -1,12 +1,27 @@
-"""The door to the native core: loads ``fastgpt._C``, gives it torch's thread pool, picks the instruction set."""
+"""The door to the native core: loads ``fastgpt._C``, gives it torch's thread pool, picks the instruction set.
+
+An operator calls its kernels through one function for all native backends, ``_native(kernels, *arguments)``, and
+``backends`` makes each backend of it. ``kernels.<entry>(field=value, ...)`` runs a kernel of csrc/fastgpt.h:
+
+- "cpu": ``fastgpt._C.cpu``;
+- "cuda": ``fastgpt._C.cuda``, on torch's current stream, with workspace from torch's allocator;
+- "simt": the CUDA kernels on CPU tensors, by the emulator ``fastgpt._simt``, for tests and debugging (built with
+  FASTGPT_SIMT=on); inside ``checked_simt()`` by ``fastgpt._simt_checked``, which looks for races and stray accesses.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import importlib
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 try:
     from fastgpt import _C
@@ -18,6 +33,15 @@ except ImportError as error:  # pragma: no cover - only in a broken installation
 
 # What a kernel takes. The numbers are csrc/fastgpt.h's DType.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# The device type of the tensors that a backend takes.
+DEVICE_TYPES = {"cpu": "cpu", "cuda": "cuda", "simt": "cpu"}
+
+
+class Kernels(Protocol):
+    """What ``_native`` functions get: every kernel of one backend as an attribute."""
+
+    def __getattr__(self, entry: str) -> Any: ...
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
@@ -37,11 +61,162 @@ def with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unsupported_dtype(*tensors: torch.Tensor | None) -> str | None:
-    """Why the CPU kernels do not take these tensors' dtypes, or None if they do."""
+    """Why the native kernels do not take these tensors' dtypes, or None if they do."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in DTYPES:
-            return f"dtype {tensor.dtype} (CPU kernels take float32, bfloat16, float16)"
+            return f"dtype {tensor.dtype} (native kernels take float32, bfloat16, float16)"
     return None
+
+
+# --- backends ---
+
+
+def _optional(name: str) -> Any:
+    """A module of this package that a build may leave out, or None."""
+    try:
+        return importlib.import_module(f"fastgpt.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+_simt = _optional("_simt")
+_simt_checked = _optional("_simt_checked")
+_NO_EMULATOR = "the emulator is not in this build: build with FASTGPT_SIMT=on"
+
+# The kernels of operators that call others than <op>, <op>_forward and <op>_backward.
+_KERNELS_OF = {
+    "adamw": ("adamw", "grad_norm"),
+    "linear_cross_entropy": ("cross_entropy_forward", "cross_entropy_backward"),
+}
+
+
+def missing(backend: str, op: str) -> str | None:
+    """Why operator ``op`` cannot run on the native ``backend`` in this build, or None if it can."""
+    if backend == "cpu":
+        return None
+    if backend == "cuda":
+        if not _C.cuda.compiled:
+            return f"CUDA is not in this build: {cuda_summary()}"
+        module: Any = _C.cuda
+    else:
+        if _simt is None:
+            return _NO_EMULATOR
+        module = _simt
+    names = _KERNELS_OF.get(op) or [n for n in (op, f"{op}_forward", f"{op}_backward") if hasattr(_C.cpu, n)]
+    absent = [name for name in names if not hasattr(module, name)]
+    return f"this build has no CUDA kernel {', '.join(absent)}" if absent else None
+
+
+def has_kernel(backend: str, op: str) -> bool:
+    """Whether this build holds every kernel that operator ``op`` needs on the native ``backend``."""
+    return missing(backend, op) is None
+
+
+class _DeviceKernels:
+    """The kernels of ``module`` with a stream and an allocator of workspace: each call gives them to the kernel.
+
+    A workspace lives until the call returns. On a GPU the kernel may still run then; torch's allocator hands the memory
+    out again only to work that comes later in the same stream.
+    """
+
+    def __init__(self, backend: str, module: Any, device: str, stream: Callable[[], int]) -> None:
+        self._backend, self._module, self._device, self._stream = backend, module, device, stream
+
+    def __getattr__(self, entry: str) -> Callable[..., None]:
+        kernel = getattr(self._module, entry, None)
+        if kernel is None:
+            raise NotImplementedError(f"{entry}: this build has no kernel of that name for backend={self._backend!r}")
+
+        def call(**fields: Any) -> None:
+            workspaces = []
+
+            def allocate(bytes: int) -> int:
+                workspaces.append(torch.empty(bytes, dtype=torch.uint8, device=self._device))
+                return workspaces[-1].data_ptr()
+
+            kernel(**fields, stream=self._stream(), allocate=allocate)
+
+        setattr(self, entry, call)  # __getattr__ is not asked again
+        return call
+
+
+_cuda_kernels = _DeviceKernels("cuda", _C.cuda, "cuda", lambda: torch.cuda.current_stream().cuda_stream)
+_simt_kernels = _DeviceKernels("simt", _simt, "cpu", lambda: 0)
+_checked_kernels = _DeviceKernels("simt", _simt_checked, "cpu", lambda: 0)
+_checking = False
+
+
+def _run_cuda(function: Callable[..., Any], *args: Any) -> Any:
+    if not _C.cuda.compiled:
+        raise NotImplementedError(f"backend='cuda': CUDA is not in this build: {cuda_summary()}")
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    with torch.cuda.device(first.device):
+        return function(_cuda_kernels, *args)
+
+
+def _run_simt(function: Callable[..., Any], *args: Any) -> Any:
+    if _simt is None:
+        raise NotImplementedError(f"backend='simt': {_NO_EMULATOR}")
+    if not _checking:
+        return function(_simt_kernels, *args)
+    try:
+        with _RegisterPointers():
+            return function(_checked_kernels, *args)
+    finally:
+        _simt_checked.clear_regions()
+
+
+def backends(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The native backends of an operator, for ``registry.define``.
+
+    Args:
+        function: called with the backend's kernels and the schema's arguments, of which the first is a tensor or a
+            list of tensors.
+    """
+    return {
+        "cpu": functools.partial(function, _C.cpu),
+        "cuda": functools.partial(_run_cuda, function),
+        "simt": functools.partial(_run_simt, function),
+    }
+
+
+class _RegisterPointers(TorchFunctionMode):
+    """Tells the checked emulator about the memory of every tensor whose address is taken: all that a kernel may touch.
+
+    A mode of torch's, so that ``pointer`` costs nothing when nobody checks.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.data_ptr:
+            _simt_checked.register_region(result, _spanned_bytes(args[0]))
+        return result
+
+
+def _spanned_bytes(tensor: torch.Tensor) -> int:
+    """From the first to the last element of a view, in bytes."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+@contextlib.contextmanager
+def checked_simt() -> Iterator[None]:
+    """Inside the block backend "simt" runs on the checking emulator, which knows the extent of every tensor."""
+    global _checking
+    if _simt_checked is None:
+        raise NotImplementedError(f"checked_simt: {_NO_EMULATOR}")
+    before, _checking = _checking, True
+    try:
+        yield
+    finally:
+        _checking = before
+
+
+# --- start ---
 
 
 def cuda_summary() -> str:

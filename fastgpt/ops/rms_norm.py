@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops import checks, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -124,11 +124,11 @@ def reference_backward(
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
-# --- CPU ---
+# --- kernels ---
 
 
-def _cpu(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float
+def _native(
+    kernels: Kernels, x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -137,7 +137,7 @@ def _cpu(
     sum = x.new_empty(0) if residual is None else torch.empty_like(x)
     rstd = x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
     if x.numel():
-        _C.cpu.rms_norm_forward(
+        kernels.rms_norm_forward(
             y=pointer(y),
             sum=None if residual is None else pointer(sum),
             rstd=pointer(rstd),
@@ -153,8 +153,8 @@ def _cpu(
     return y, sum, rstd
 
 
-def _cpu_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, dims: int
+def _native_backward(
+    kernels: Kernels, dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, dims: int
 ) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return reference_backward(dy, dsum, x, weight, rstd, dims)
@@ -163,7 +163,7 @@ def _cpu_backward(
     weight = None if weight is None else weight.contiguous()
     dx = torch.empty_like(x)
     dweight = x.new_empty(0) if weight is None else torch.empty_like(weight)
-    _C.cpu.rms_norm_backward(
+    kernels.rms_norm_backward(
         dx=pointer(dx),
         dweight=None if weight is None else pointer(dweight),
         dy=pointer(dy),
@@ -228,14 +228,14 @@ class _RMSNorm(torch.autograd.Function):
 _op = registry.define(
     "rms_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, int dims, float eps) -> (Tensor, Tensor, Tensor)",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _RMSNorm,
 )
 _op_backward = registry.define(
     "rms_norm_backward",
     "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor rstd, int dims) -> (Tensor, Tensor)",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("rms_norm", "cpu", "cpu", "one pass over the row from memory, deterministic weight gradient")

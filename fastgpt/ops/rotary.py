@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks, positions, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops import checks, native, positions, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -183,7 +183,7 @@ def _empty(x: Tensor, transposed: bool) -> Tensor:
     return x.new_empty(*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1]).transpose(-3, -2)
 
 
-# --- CPU ---
+# --- kernels ---
 
 
 def _as_heads(x: Tensor) -> Tensor:
@@ -193,7 +193,8 @@ def _as_heads(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 3 else x.flatten(0, -4)
 
 
-def _cpu(
+def _native(
+    kernels: Kernels,
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -212,7 +213,7 @@ def _cpu(
     batch, heads, length, dim = x4.shape
     rows = None if starts is None else starts.contiguous().repeat_interleave(batch // starts.numel())
     try:
-        _C.cpu.rotary(
+        kernels.rotary(
             y=y4.data_ptr(),
             x=x4.data_ptr(),
             cos=cos.data_ptr(),
@@ -288,7 +289,7 @@ _op = registry.define(
     "rotary",
     "(Tensor x, Tensor cos, Tensor sin, Tensor? starts, SymInt start, bool interleaved, bool inverse, bool transposed)"
     " -> Tensor",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _Rotary,
 )

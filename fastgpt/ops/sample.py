@@ -33,8 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks, philox, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype
+from fastgpt.ops import checks, native, philox, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate, as_rows
 
 # Columns of the two tables of options; csrc/cpu/sample.cpp reads them in this order.
@@ -391,10 +391,11 @@ def torch_eager(
     return token.squeeze(1), log_p.gather(1, token).squeeze(1).float()
 
 
-# --- CPU ---
+# --- kernels ---
 
 
-def _cpu(
+def _native(
+    kernels: Kernels,
     logits: Tensor,
     reals: Tensor,
     integers: Tensor,
@@ -414,7 +415,7 @@ def _cpu(
     row = None if row is None else row.contiguous()
     previous = None if previous is None else previous.contiguous()
     try:
-        _C.cpu.sample(
+        kernels.sample(
             token=pointer(token),
             log_prob=pointer(log_prob),
             logits=pointer(x),
@@ -458,7 +459,7 @@ _op = registry.define(
     "sample",
     "(Tensor logits, Tensor reals, Tensor integers, Tensor? row, Tensor? previous, Tensor? logit_bias)"
     " -> (Tensor, Tensor)",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
 )
 registry.owner("sample", "cpu", "cpu", "thresholds by radix selection, no sort; the same token as the reference")

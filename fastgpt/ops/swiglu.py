@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, registry
-from fastgpt.ops.native import _C, DTYPES, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops import checks, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 
@@ -83,7 +83,7 @@ def reference_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Ten
     return dgate.to(gate.dtype), dup.to(gate.dtype)
 
 
-# --- CPU ---
+# --- kernels ---
 
 
 def _strided_halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
@@ -99,11 +99,11 @@ def _strided_halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, in
     return gate, up, gate_stride, up_stride
 
 
-def _cpu(gate: Tensor, up: Tensor | None) -> Tensor:
+def _native(kernels: Kernels, gate: Tensor, up: Tensor | None) -> Tensor:
     g, u, gate_stride, up_stride = _strided_halves(gate, up)
     y = with_huge_pages(gate.new_empty(g.shape if gate.dim() else ()))
     if y.numel():
-        _C.cpu.swiglu_forward(
+        kernels.swiglu_forward(
             y=pointer(y),
             gate=pointer(g),
             up=pointer(u),
@@ -116,7 +116,7 @@ def _cpu(gate: Tensor, up: Tensor | None) -> Tensor:
     return y
 
 
-def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def _native_backward(kernels: Kernels, dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     g, u, gate_stride, up_stride = _strided_halves(gate, up)
     dgate = with_huge_pages(gate.new_empty(gate.shape))
@@ -124,7 +124,7 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, 
     if dy.numel():
         cols = g.shape[-1]
         into_gate, into_up = _halves(dgate, None if up is None else dup)
-        _C.cpu.swiglu_backward(
+        kernels.swiglu_backward(
             dgate=pointer(into_gate),
             dup=pointer(into_up),
             dy=pointer(dy),
@@ -168,14 +168,14 @@ class _SwiGLU(torch.autograd.Function):
 _op = registry.define(
     "swiglu",
     "(Tensor gate, Tensor? up) -> Tensor",
-    {"reference": reference, "cpu": _cpu},
+    {"reference": reference, **native.backends(_native)},
     _fake,
     _SwiGLU,
 )
 _op_backward = registry.define(
     "swiglu_backward",
     "(Tensor dy, Tensor gate, Tensor? up) -> (Tensor, Tensor)",
-    {"reference": reference_backward, "cpu": _cpu_backward},
+    {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
 registry.owner("swiglu", "cpu", "cpu", "one pass, reads slices of a fused projection in place, recomputes in backward")

@@ -453,7 +453,7 @@ def test_bits_do_not_depend_on_batch_neighbours():
     [
         (
             {n: torch.randn(2, 5, 8).double() for n in ("query", "key", "value")},
-            "dtype torch.float64 (CPU kernels take float32, bfloat16, float16)",
+            "dtype torch.float64 (native kernels take float32, bfloat16, float16)",
         ),
         ({"query": torch.randn(2, 4, 257), "key": torch.randn(2, 5, 257)}, "a head dim above 256"),
         ({"value": torch.randn(2, 5, 300)}, "a head dim above 256"),

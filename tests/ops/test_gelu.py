@@ -190,7 +190,11 @@ def test_float64_goes_to_the_reference_openly():
         ({"bias": torch.ones(8).half()}, TypeError, r"bias has dtype torch.float16; it must be torch.float32"),
         ({"bias": torch.ones(8, device="meta")}, ValueError, r"bias is on meta, but input is on cpu"),
         ({"input": torch.tensor(1.0), "bias": torch.tensor(1.0)}, ValueError, r"bias needs an input of at least one"),
-        ({"backend": "gpu"}, ValueError, r"backend='gpu' is unknown; allowed are 'fused', 'reference', 'cpu', 'torch'"),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            r"backend='gpu' is unknown; allowed are 'fused', 'reference', 'cpu'",
+        ),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

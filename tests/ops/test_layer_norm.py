@@ -158,10 +158,10 @@ def test_bits_do_not_depend_on_batch_neighbours():
 def test_float64_goes_to_the_reference_openly():
     x = torch.randn(2, 8, dtype=torch.float64)
     before = fastgpt.fallbacks().get(
-        ("layer_norm", "dtype torch.float64 (CPU kernels take float32, bfloat16, float16)"), 0
+        ("layer_norm", "dtype torch.float64 (native kernels take float32, bfloat16, float16)"), 0
     )
     ops.layer_norm(x, (8,))
-    after = fastgpt.fallbacks()["layer_norm", "dtype torch.float64 (CPU kernels take float32, bfloat16, float16)"]
+    after = fastgpt.fallbacks()["layer_norm", "dtype torch.float64 (native kernels take float32, bfloat16, float16)"]
     assert after == before + 1
     with fastgpt.strict(), pytest.raises(fastgpt.FallbackError, match=r"layer_norm.*float64.*strict"):
         ops.layer_norm(x, (8,))
@@ -185,7 +185,11 @@ def test_float64_goes_to_the_reference_openly():
         ({"bias": torch.ones(8, device="meta")}, ValueError, r"bias is on meta, but input is on cpu"),
         ({"residual": torch.ones(8)}, ValueError, r"residual has shape \(8,\); it must be \(2, 8\)"),
         ({"residual": torch.ones(2, 8).bfloat16()}, TypeError, r"residual has dtype torch.bfloat16"),
-        ({"backend": "gpu"}, ValueError, r"backend='gpu' is unknown; allowed are 'fused', 'reference', 'cpu', 'torch'"),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            r"backend='gpu' is unknown; allowed are 'fused', 'reference', 'cpu'",
+        ),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

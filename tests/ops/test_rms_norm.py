@@ -186,7 +186,11 @@ def test_float64_goes_to_the_reference_openly():
         ({"weight": torch.ones(8, device="meta")}, ValueError, r"weight is on meta, but input is on cpu"),
         ({"residual": torch.ones(8)}, ValueError, r"residual has shape \(8,\); it must be \(2, 8\)"),
         ({"residual": torch.ones(2, 8).bfloat16()}, TypeError, r"residual has dtype torch.bfloat16"),
-        ({"backend": "gpu"}, ValueError, r"backend='gpu' is unknown; allowed are 'fused', 'reference', 'cpu', 'torch'"),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            r"backend='gpu' is unknown; allowed are 'fused', 'reference', 'cpu'",
+        ),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
