@@ -1,7 +1,8 @@
 """Builds the native core with CMake. All other metadata is in pyproject.toml.
 
 Environment: FASTGPT_CUDA=auto|on|off (compile the CUDA side where nvcc is found; insist; leave it out),
-FASTGPT_CUDA_ARCHS="80-real;90-real" (narrow the CUDA architectures), CMAKE_BUILD_PARALLEL_LEVEL.
+FASTGPT_CUDA_ARCHS="80-real;90-real" (narrow the CUDA architectures), FASTGPT_SIMT=on (also build the CUDA kernels for
+the emulator, which the tests use), CMAKE_BUILD_PARALLEL_LEVEL.
 """
 
 import os
@@ -13,12 +14,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SIMT = os.environ.get("FASTGPT_SIMT", "off").lower() == "on"
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt, and puts the module where setuptools expects it."""
+    """Configures and builds CMakeLists.txt, and puts the modules where setuptools expects them."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext is not self.extensions[0]:
+            return  # CMake builds all of them at once
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -33,6 +37,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             f"-DFASTGPT_CUDA={cuda}",
+            f"-DFASTGPT_SIMT={'on' if SIMT else 'off'}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
         if archs := os.environ.get("FASTGPT_CUDA_ARCHS"):
@@ -51,4 +56,5 @@ class CMakeBuild(build_ext):
             sys.exit("fastgpt: compiling the native core failed (see above)")
 
 
-setup(ext_modules=[Extension("fastgpt._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+MODULES = ["fastgpt._C", *(["fastgpt._simt"] if SIMT else [])]
+setup(ext_modules=[Extension(name, sources=[]) for name in MODULES], cmdclass={"build_ext": CMakeBuild})

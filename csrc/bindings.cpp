@@ -4,76 +4,16 @@
 //   _C.cpu.isa(), set_isa(name), isas()  the instruction-set level in use, and what there is
 //   _C.set_parallel_functions(loop, count), thread_count(), set_own_threads(n)
 //   _C.advise_huge_pages(address, bytes)
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <string>
-#include <type_traits>
+//   _C.cuda.<kernel>(stream=, allocate=, field=value, ...), where CUDA was compiled in
+#include "bindings.h"
 
 #include "core/memory.h"
 #include "core/parallel.h"
 #include "cpu/cpu.h"
-#include "cuda/device.h"
-#include "fastgpt.h"
 
-namespace py = pybind11;
 using namespace fastgpt;
 
 namespace {
-
-template <class Field>
-void read_field(py::handle value, Field& field) {
-  if constexpr (std::is_pointer_v<Field>)
-    field = value.is_none() ? nullptr : reinterpret_cast<Field>(value.cast<uintptr_t>());
-  else if constexpr (std::is_enum_v<Field>)
-    field = static_cast<Field>(value.cast<int32_t>());
-  else if constexpr (std::is_array_v<Field>) {
-    const auto items = value.cast<py::sequence>();
-    if (items.size() != std::extent_v<Field>) throw py::value_error("wrong number of items");
-    for (size_t i = 0; i < items.size(); ++i) read_field(items[i], field[i]);
-  } else
-    field = value.cast<Field>();
-}
-
-template <class Params>
-Params read_params(const char* entry, const py::kwargs& arguments) {
-  Params params{};
-  size_t count = 0;
-  params.visit([&](const char* name, auto& field) {
-    PyObject* value = PyDict_GetItemString(arguments.ptr(), name);
-    if (!value) throw py::type_error(std::string(entry) + ": missing field '" + name + "'");
-    try {
-      read_field(value, field);
-    } catch (const std::exception& error) {
-      throw py::type_error(std::string(entry) + ": field '" + name + "': " + error.what());
-    }
-    ++count;
-  });
-  if (count != arguments.size()) {
-    params.visit([&](const char* name, auto&) { PyDict_DelItemString(arguments.ptr(), name); });
-    throw py::type_error(std::string(entry) + ": unknown field " + std::string(py::repr(arguments)));
-  }
-  return params;
-}
-
-// Unusual outcomes become sentences here; the ops name the argument, since only they know what it was called.
-void raise_status(const char* entry, const Status& status) {
-  const std::string at = std::to_string(status.at), value = std::to_string(status.value), name = entry;
-  switch (status.code) {
-    case Status::ok: return;
-    case Status::unsupported_dtype: throw py::type_error(name + ": no kernel for dtype code " + value);
-    case Status::unsupported_shape: throw py::value_error(name + ": no kernel for size " + value);
-    case Status::out_of_memory:
-      PyErr_Format(PyExc_MemoryError, "%s: could not allocate %s bytes of scratch memory", entry, value.c_str());
-      throw py::error_already_set();
-    case Status::bad_index:
-      PyErr_Format(PyExc_IndexError, "%s: index %s at position %s is out of range", entry, value.c_str(), at.c_str());
-      throw py::error_already_set();
-    case Status::not_finite: throw py::value_error(name + ": row " + at + " holds NaN (or +inf) at column " + value);
-    case Status::empty_support: throw py::value_error(name + ": row " + at + " leaves no token to choose from");
-  }
-  throw std::runtime_error(name + ": unknown status");
-}
 
 template <class Params>
 void bind_cpu(py::module_& m, const char* entry, Status (*cpu::Kernels::*kernel)(const Params&)) {
@@ -119,4 +59,8 @@ PYBIND11_MODULE(_C, m) {
   cuda_module.attr("compiled") = cuda::compiled();
   cuda_module.attr("architectures") = cuda::architectures();
   cuda_module.def("describe", &cuda::describe);
+  bind_device_kernels(cuda_module, cuda::kernels(), [] {
+    if (const std::string problem = cuda::problem(); !problem.empty())
+      throw std::runtime_error("CUDA kernels: " + problem);
+  });
 }

@@ -1,7 +1,7 @@
 // The native API of fastgpt: one parameter struct and one entry per kernel.
 //
 // Nothing here knows torch. A struct holds raw pointers, sizes and options; an entry returns a Status.
-// Every backend (cpu, later cuda and simt) implements the same entries under its own namespace, and
+// Every backend (cpu, cuda and the emulator's) implements the same entries under its own namespace, and
 // bindings.cpp exposes each struct field by field, by name, so a forgotten or misspelt field is an error.
 //
 // Shape legend: B batch, T query length, S key length, H heads, Hkv key/value heads, D head dim,
@@ -28,7 +28,8 @@ struct Status {
     out_of_memory,
     bad_index,
     not_finite,
-    empty_support
+    empty_support,
+    launch_failed  // value: the cudaError_t
   };
   Code code = ok;
   int64_t at = 0;     // where: a row, or an element

@@ -8,3 +8,10 @@
 #ifndef FASTGPT_ISA
 #define FASTGPT_ISA portable
 #endif
+
+// For what kernels of the CPU and of CUDA share.
+#if defined(__CUDACC__)
+#define FASTGPT_HOST_DEVICE __host__ __device__
+#else
+#define FASTGPT_HOST_DEVICE
+#endif

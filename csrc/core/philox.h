@@ -12,12 +12,6 @@
 
 #include "core/isa.h"
 
-#if defined(__CUDACC__)
-#define FASTGPT_PHILOX_INLINE __host__ __device__ inline
-#else
-#define FASTGPT_PHILOX_INLINE inline
-#endif
-
 namespace fastgpt::FASTGPT_ISA {
 
 // Counter word 3: one constant per consumer, so that two consumers with one seed do not share numbers.
@@ -28,7 +22,7 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-FASTGPT_PHILOX_INLINE PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32_t key1) {
+FASTGPT_HOST_DEVICE inline PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32_t key1) {
   PhiloxWords c = counter;
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c.word[0];
@@ -42,7 +36,7 @@ FASTGPT_PHILOX_INLINE PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0,
 }
 
 // A uniform 64-bit integer for (seed, row, position).
-FASTGPT_PHILOX_INLINE uint64_t uniform_bits(uint64_t seed, uint32_t row, uint64_t position, uint32_t stream) {
+FASTGPT_HOST_DEVICE inline uint64_t uniform_bits(uint64_t seed, uint32_t row, uint64_t position, uint32_t stream) {
   const PhiloxWords words =
       philox4x32({{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), row, stream}},
                  static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));

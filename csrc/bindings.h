@@ -1,0 +1,107 @@
+// Between Python and the parameter structs: keyword arguments become fields by name, a Status becomes an exception.
+// A device kernel (CUDA's, or the emulator's) is bound here too: bindings.cpp and simt_bindings.cpp differ in the rest.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <type_traits>
+
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "fastgpt.h"
+
+namespace fastgpt {
+
+namespace py = pybind11;
+
+template <class Field>
+void read_field(py::handle value, Field& field) {
+  if constexpr (std::is_pointer_v<Field>)
+    field = value.is_none() ? nullptr : reinterpret_cast<Field>(value.cast<uintptr_t>());
+  else if constexpr (std::is_enum_v<Field>)
+    field = static_cast<Field>(value.cast<int32_t>());
+  else if constexpr (std::is_array_v<Field>) {
+    const auto items = value.cast<py::sequence>();
+    if (items.size() != std::extent_v<Field>) throw py::value_error("wrong number of items");
+    for (size_t i = 0; i < items.size(); ++i) read_field(items[i], field[i]);
+  } else
+    field = value.cast<Field>();
+}
+
+template <class Params>
+Params read_params(const char* entry, const py::kwargs& arguments) {
+  Params params{};
+  size_t count = 0;
+  params.visit([&](const char* name, auto& field) {
+    PyObject* value = PyDict_GetItemString(arguments.ptr(), name);
+    if (!value) throw py::type_error(std::string(entry) + ": missing field '" + name + "'");
+    try {
+      read_field(value, field);
+    } catch (const std::exception& error) {
+      throw py::type_error(std::string(entry) + ": field '" + name + "': " + error.what());
+    }
+    ++count;
+  });
+  if (count != arguments.size()) {
+    params.visit([&](const char* name, auto&) { PyDict_DelItemString(arguments.ptr(), name); });
+    throw py::type_error(std::string(entry) + ": unknown field " + std::string(py::repr(arguments)));
+  }
+  return params;
+}
+
+// Unusual outcomes become sentences here; the ops name the argument, since only they know what it was called.
+inline void raise_status(const char* entry, const Status& status) {
+  const std::string at = std::to_string(status.at), value = std::to_string(status.value), name = entry;
+  switch (status.code) {
+    case Status::ok: return;
+    case Status::unsupported_dtype: throw py::type_error(name + ": no kernel for dtype code " + value);
+    case Status::unsupported_shape: throw py::value_error(name + ": no kernel for size " + value);
+    case Status::out_of_memory:
+      PyErr_Format(PyExc_MemoryError, "%s: could not allocate %s bytes of scratch memory", entry, value.c_str());
+      throw py::error_already_set();
+    case Status::bad_index:
+      PyErr_Format(PyExc_IndexError, "%s: index %s at position %s is out of range", entry, value.c_str(), at.c_str());
+      throw py::error_already_set();
+    case Status::not_finite: throw py::value_error(name + ": row " + at + " holds NaN (or +inf) at column " + value);
+    case Status::launch_failed:
+      throw std::runtime_error(
+          name + ": the kernel could not be launched: " + cuda::error_text(static_cast<int>(status.value)));
+    case Status::empty_support: throw py::value_error(name + ": row " + at + " leaves no token to choose from");
+  }
+  throw std::runtime_error(name + ": unknown status");
+}
+
+// m.entry(stream=, allocate=, field=...): asks the kernel how much workspace it wants, has Python's `allocate(bytes)`
+// give the address of that much device memory, and launches on the stream (0: the default one). `check` raises where
+// no kernel could run.
+template <class Params>
+void bind_device_kernel(py::module_& m, const char* entry, const DeviceKernel<Params>& kernel, void (*check)()) {
+  if (!kernel.run) return;
+  m.def(
+      entry,
+      [entry, kernel, check](uintptr_t stream, const py::function& allocate, const py::kwargs& arguments) {
+        if (check) check();
+        const Params params = read_params<Params>(entry, arguments);
+        int64_t bytes = 0;
+        raise_status(entry, kernel.workspace_bytes(params, &bytes));
+        void* workspace = nullptr;
+        if (bytes > 0) workspace = reinterpret_cast<void*>(allocate(bytes).template cast<uintptr_t>());
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = kernel.run(params, stream, workspace);
+        }
+        raise_status(entry, status);
+      },
+      py::kw_only(), py::arg("stream"), py::arg("allocate"));
+}
+
+inline void bind_device_kernels(py::module_& m, const DeviceKernels& kernels, void (*check)() = nullptr) {
+#define FASTGPT_KERNEL(entry, Params) bind_device_kernel<Params>(m, #entry, kernels.entry, check);
+  FASTGPT_FOR_EACH_KERNEL(FASTGPT_KERNEL)
+#undef FASTGPT_KERNEL
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,44 @@
+// fastgpt._simt and fastgpt._simt_checked: the CUDA kernels on the emulator (csrc/simt), for tests.
+//
+//   <kernel>(stream=0, allocate=, field=value, ...)   as fastgpt._C.cuda has them
+//   configure(order=, seed=, lazy_copies=, shared_limit=)   the schedule of all launches from now on
+//   checked   whether this is the build that checks every access
+#include "bindings.h"
+#include "simt/runtime.h"
+
+using namespace fastgpt;
+
+#if defined(SIMT_CHECKED)
+#define FASTGPT_SIMT_MODULE _simt_checked
+#else
+#define FASTGPT_SIMT_MODULE _simt
+#endif
+
+PYBIND11_MODULE(FASTGPT_SIMT_MODULE, m) {
+  m.doc() = "fastgpt's CUDA kernels, run by an emulator on the CPU. Not a public interface: use backend='simt'.";
+#if defined(SIMT_CHECKED)
+  m.attr("checked") = true;
+#else
+  m.attr("checked") = false;
+#endif
+  py::register_exception<simt::Error>(m, "KernelError", PyExc_RuntimeError);
+  m.def(
+      "configure",
+      [](const std::string& order, uint64_t seed, bool lazy_copies, size_t shared_limit) {
+        simt::Schedule& schedule = simt::schedule();
+        if (order == "forward")
+          schedule.order = simt::Order::forward;
+        else if (order == "reverse")
+          schedule.order = simt::Order::reverse;
+        else if (order == "random")
+          schedule.order = simt::Order::random;
+        else
+          throw py::value_error("order='" + order + "'; allowed are 'forward', 'reverse', 'random'");
+        schedule.seed = seed;
+        schedule.lazy_copies = lazy_copies;
+        simt::device().shared_limit = shared_limit;
+      },
+      py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0, py::arg("lazy_copies") = false,
+      py::arg("shared_limit") = 99 * 1024);
+  bind_device_kernels(m, emulated::kernels());
+}
