@@ -45,14 +45,14 @@ FASTGPT_HOST_DEVICE inline uint64_t uniform_bits(uint64_t seed, uint32_t row, ui
 
 // The bits that decide on the weights of `query` with the eight keys 8 key_block .. 8 key_block + 7, in attention;
 // head = batch * heads + head.
-FASTGPT_PHILOX_INLINE PhiloxWords dropout_words(int64_t seed, int64_t head, int64_t query, int64_t key_block) {
+FASTGPT_HOST_DEVICE inline PhiloxWords dropout_words(int64_t seed, int64_t head, int64_t query, int64_t key_block) {
   return philox4x32(
       {{static_cast<uint32_t>(key_block), static_cast<uint32_t>(query), static_cast<uint32_t>(head), kAttentionStream}},
       static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));
 }
 
 // The 16-bit value of key 8 key_block + n, n in 0 .. 7: the low half of a word comes before its high half.
-FASTGPT_PHILOX_INLINE uint32_t dropout_value(const PhiloxWords& words, int n) {
+FASTGPT_HOST_DEVICE inline uint32_t dropout_value(const PhiloxWords& words, int n) {
   return words.word[n / 2] >> (n % 2 * 16) & 0xffffu;
 }
 
