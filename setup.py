@@ -56,5 +56,5 @@ class CMakeBuild(build_ext):
             sys.exit("fastgpt: compiling the native core failed (see above)")
 
 
-MODULES = ["fastgpt._C", *(["fastgpt._simt"] if SIMT else [])]
+MODULES = ["fastgpt._C", *(["fastgpt._simt", "fastgpt._simt_checked"] if SIMT else [])]
 setup(ext_modules=[Extension(name, sources=[]) for name in MODULES], cmdclass={"build_ext": CMakeBuild})

@@ -5,12 +5,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <type_traits>
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "fastgpt.h"
+#if defined(SIMT_CHECKED)
+#include "simt/check.h"
+#endif
 
 namespace fastgpt {
 
@@ -73,6 +77,26 @@ inline void raise_status(const char* entry, const Status& status) {
   throw std::runtime_error(name + ": unknown status");
 }
 
+// What the checked emulator is told about a call: a kernel reads what its const pointers lead to, and only writes to
+// the rest, so reading there first is an error.
+#if defined(SIMT_CHECKED)
+template <class Params>
+void tell_checker(Params& params, const void* workspace) {
+  for (const bool inputs : {false, true})
+    params.visit([&](const char* name, auto& field) {
+      using Field = std::remove_reference_t<decltype(field)>;
+      if constexpr (std::is_pointer_v<Field>) {
+        const bool input = std::is_const_v<std::remove_pointer_t<Field>> || !std::strcmp(name, "totals");  // added to
+        if (field && input == inputs) simt::check::set_written(field, input);
+      }
+    });
+  if (workspace) simt::check::set_written(workspace, false);
+}
+#else
+template <class Params>
+void tell_checker(Params&, const void*) {}
+#endif
+
 // m.entry(stream=, allocate=, field=...): asks the kernel how much workspace it wants, has Python's `allocate(bytes)`
 // give the address of that much device memory, and launches on the stream (0: the default one). `check` raises where
 // no kernel could run.
@@ -83,11 +107,12 @@ void bind_device_kernel(py::module_& m, const char* entry, const DeviceKernel<Pa
       entry,
       [entry, kernel, check](uintptr_t stream, const py::function& allocate, const py::kwargs& arguments) {
         if (check) check();
-        const Params params = read_params<Params>(entry, arguments);
+        Params params = read_params<Params>(entry, arguments);
         int64_t bytes = 0;
         raise_status(entry, kernel.workspace_bytes(params, &bytes));
         void* workspace = nullptr;
         if (bytes > 0) workspace = reinterpret_cast<void*>(allocate(bytes).template cast<uintptr_t>());
+        tell_checker(params, workspace);
         Status status;
         {
           py::gil_scoped_release release;

@@ -4,9 +4,11 @@
 //   configure(order=, seed=, lazy_copies=, shared_limit=)   the schedule of all launches from now on
 //   checked   whether this is the build that checks every access
 #include "bindings.h"
+#include "simt/check.h"
 #include "simt/runtime.h"
 
 using namespace fastgpt;
+using namespace pybind11::literals;
 
 #if defined(SIMT_CHECKED)
 #define FASTGPT_SIMT_MODULE _simt_checked
@@ -40,5 +42,31 @@ PYBIND11_MODULE(FASTGPT_SIMT_MODULE, m) {
       },
       py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0, py::arg("lazy_copies") = false,
       py::arg("shared_limit") = 99 * 1024);
+#if defined(SIMT_CHECKED)
+  m.def("register_region", [](uintptr_t address, size_t bytes) {
+    simt::check::add_region(reinterpret_cast<void*>(address), bytes, true);
+  });
+  m.def("clear_regions", &simt::check::clear_regions);
+  m.def("count_requests", [](bool enabled) {
+    simt::check::clear_requests();
+    simt::check::count_requests(enabled);
+  });
+  m.def("requests", [] {
+    const auto all = simt::check::requests();
+    std::vector<const void*> counters;
+    for (const auto& r : all)
+      if (!r.site.line) counters.push_back(r.pc);
+    const auto places = simt::check::look_up(counters);
+    size_t next = 0;
+    py::list out;
+    for (const auto& r : all) {
+      const char* kinds[] = {"read", "write", "atomic"};
+      out.append(py::dict("kernel"_a = r.kernel, "place"_a = r.site.line ? simt::describe(r.site) : places[next++],
+                          "space"_a = r.shared ? "shared" : "global", "kind"_a = kinds[static_cast<int>(r.kind)],
+                          "requests"_a = r.requests, "bytes"_a = r.bytes, "moved"_a = r.moved, "ideal"_a = r.ideal));
+    }
+    return out;
+  });
+#endif
   bind_device_kernels(m, emulated::kernels());
 }

@@ -36,7 +36,7 @@ std::string problem_of(int device) {
 
 std::string problem() {
   int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error_text(error);
+  if (cudaGetDevice(&device) != cudaSuccess) return describe();
   static std::once_flag asked[kMostDevices];
   static std::string answers[kMostDevices];
   if (device >= kMostDevices) return problem_of(device);

@@ -39,7 +39,7 @@ namespace simt {
 
 // A function that an instrumented kernel calls without its loads and stores being reported: it reports them itself.
 #if defined(SIMT_CHECKED)
-#define SIMT_UNSEEN __attribute__((no_sanitize_thread, noinline))
+#define SIMT_UNSEEN __attribute__((no_sanitize_thread)) inline
 #else
 #define SIMT_UNSEEN inline
 #endif
@@ -183,7 +183,7 @@ inline float approximate_tanh(float x) {
 #define __any_sync(mask, predicate) ::simt::vote_any(SIMT_SITE, mask, (predicate) != 0)
 #define __all_sync(mask, predicate) ::simt::vote_all(SIMT_SITE, mask, (predicate) != 0)
 #define __match_any_sync(mask, value) ::simt::match_any(SIMT_SITE, mask, value)
-inline void __threadfence() {}
+inline void __threadfence() { ::simt::check::fence(); }
 inline void __threadfence_block() {}
 
 // --- atomics ---

@@ -100,7 +100,11 @@ struct Machine {
 };
 
 Machine& machine() {
-  static const std::unique_ptr<Machine> only = std::make_unique<Machine>();
+  static const std::unique_ptr<Machine> only = [] {
+    auto made = std::make_unique<Machine>();
+    check::ignore(made.get(), sizeof(Machine));
+    return made;
+  }();
   return *only;
 }
 
@@ -113,6 +117,7 @@ unsigned char* stack_of(unsigned lane) {
       m.stacks = nullptr;
       throw std::bad_alloc();
     }
+    check::ignore(m.stacks, bytes);
   }
   return static_cast<unsigned char*>(m.stacks) + kStackBytes * lane;
 }
@@ -358,6 +363,7 @@ void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_shared, vo
                        static_cast<unsigned>(i / grid.x / grid.y));
     run_block();
     if (m.failed) break;
+    check::block_end();
   }
   check::launch_end();
   if (m.failed) throw Error(m.failure);
