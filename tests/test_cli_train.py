@@ -18,6 +18,7 @@ from fastgpt import checkpoint, metrics
 from fastgpt.cli import app, demo
 from fastgpt.cli.train import parse_ops
 from fastgpt.config import GPTConfig
+from fastgpt.ops.native import _C
 from fastgpt.tokenizers import load_tokenizer
 
 TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-size", "4", "--eval-every", "5"]
@@ -151,6 +152,11 @@ def test_ops_by_name():
         (["--heads", "3"], "width=16 does not divide into heads=3"),
         (["--context", "100000"], "needs at least 100001"),
         (["--ops", "gpu"], "no backend 'gpu'"),
+        pytest.param(
+            ["--ops", "cuda"],
+            "cannot have the backend 'cuda': CUDA is not in this build",
+            marks=pytest.mark.skipif(_C.cuda.compiled, reason="this build has CUDA"),
+        ),
         (["--ops", "attention=quick"], "no backend 'quick'"),
         (["--preset", "gpt5"], "preset='gpt5' is unknown"),
         (["--dtype", "int8"], "dtype='int8' is unknown"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.ops import registry
+from fastgpt.ops import native, registry
 
 
 @pytest.mark.parametrize("op", registry.operators())
@@ -21,8 +21,10 @@ def test_explain_names_owner_and_reason():
     fastgpt.explain(out)
     text = out.getvalue()
     for op in registry.operators():
-        assert f"{op:{max(map(len, registry.operators()))}}  cpu  -> cpu: " in text
-    for backend in ("reference", "torch", "cuda", "triton"):
+        name = f"{op:{max(map(len, registry.operators()))}}"
+        assert f"{name}  cpu  -> cpu: " in text
+        assert f"{name}  cuda -> {'cuda' if native.has_kernel('cuda', op) else 'reference'}: " in text
+    for backend in ("reference", "torch", "simt", "triton"):
         assert f"  {backend}: " in text
 
 

@@ -1,8 +1,12 @@
 """The operators, one file each: schema, argument checks, reference, fake, autograd formula, backends.
 
-Every operator takes ``backend=None | "fused" | "cpu" | "reference" | "torch"``. ``None`` and ``"fused"`` choose the
-owner for the input's device (``fastgpt.explain()`` prints it); ``"reference"`` is the readable formula in plain
-PyTorch; ``"torch"`` is what torch.nn.functional itself does, the peer that benchmarks and tests compare with.
+Every operator takes ``backend=``, one of
+
+- None or "fused": the owner for the input's device (``fastgpt.explain()`` prints it);
+- "cpu", "cuda": our kernels, for tensors on that device;
+- "reference": the readable formula in plain PyTorch;
+- "torch": what torch.nn.functional itself does, the peer that benchmarks and tests compare with;
+- "simt": the CUDA kernels run on CPU tensors by an emulator, for tests and debugging (built with FASTGPT_SIMT=on).
 """
 
 from fastgpt.ops.adamw import adamw, grad_norm

@@ -81,6 +81,7 @@ def _optional(name: str) -> Any:
 
 _simt = _optional("_simt")
 _simt_checked = _optional("_simt_checked")
+_NO_CUDA = "CUDA is not in this build, which needs nvcc"
 _NO_EMULATOR = "the emulator is not in this build: build with FASTGPT_SIMT=on"
 
 # The kernels of operators that call others than <op>, <op>_forward and <op>_backward.
@@ -92,19 +93,14 @@ _KERNELS_OF = {
 
 def missing(backend: str, op: str) -> str | None:
     """Why operator ``op`` cannot run on the native ``backend`` in this build, or None if it can."""
-    if backend == "cpu":
-        return None
-    if backend == "cuda":
-        if not _C.cuda.compiled:
-            return f"CUDA is not in this build: {cuda_summary()}"
-        module: Any = _C.cuda
-    else:
-        if _simt is None:
-            return _NO_EMULATOR
-        module = _simt
+    if backend == "cuda" and not _C.cuda.compiled:
+        return _NO_CUDA
+    if backend == "simt" and _simt is None:
+        return _NO_EMULATOR
+    module = {"cpu": _C.cpu, "cuda": _C.cuda, "simt": _simt}[backend]
     names = _KERNELS_OF.get(op) or [n for n in (op, f"{op}_forward", f"{op}_backward") if hasattr(_C.cpu, n)]
     absent = [name for name in names if not hasattr(module, name)]
-    return f"this build has no CUDA kernel {', '.join(absent)}" if absent else None
+    return f"there is no CUDA kernel {' or '.join(absent)}" if absent else None
 
 
 def has_kernel(backend: str, op: str) -> bool:
@@ -148,7 +144,7 @@ _checking = False
 
 def _run_cuda(function: Callable[..., Any], *args: Any) -> Any:
     if not _C.cuda.compiled:
-        raise NotImplementedError(f"backend='cuda': CUDA is not in this build: {cuda_summary()}")
+        raise NotImplementedError(f"backend='cuda': {_NO_CUDA}")
     first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
     with torch.cuda.device(first.device):
         return function(_cuda_kernels, *args)
@@ -224,6 +220,11 @@ def cuda_summary() -> str:
     if not _C.cuda.compiled:
         return "left out (nvcc was not found when fastgpt was built, or FASTGPT_CUDA=off)"
     return f"compiled in for {_C.cuda.architectures}; {_C.cuda.describe()}"
+
+
+def simt_summary() -> str:
+    """Whether this build holds the emulator of CUDA kernels."""
+    return _NO_EMULATOR if _simt is None else "the emulator is in this build"
 
 
 def _use_torch_threads() -> bool:

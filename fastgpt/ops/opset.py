@@ -44,6 +44,8 @@ class OpSet:
             allowed = ("fused", *registry.backends(name), "torch")
             if backend not in allowed:
                 raise ValueError(f"ops: {name} has no backend {backend!r}; allowed are {', '.join(map(repr, allowed))}")
+            if why := registry.missing(name, backend):
+                raise ValueError(f"ops: {name} cannot have the backend {backend!r}: {why}")
             function = getattr(ops, name)
             # The plain function is a partial less to call: decoding small models feels it.
             setattr(self, name, function if backend == "fused" else functools.partial(function, backend=backend))

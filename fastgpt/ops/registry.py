@@ -19,10 +19,15 @@ from typing import Any
 
 import torch
 
+from fastgpt.ops import native
+from fastgpt.ops.native import _C
+
 # The owner of every operator by device type, and why. Filled by `owner()` in each operator's file.
 _OWNERS: dict[tuple[str, str], tuple[str, str]] = {}
 # Backend implementations: _IMPLEMENTATIONS["layer_norm"]["cpu"] is called with the schema's arguments less the backend.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+# Why an operator cannot run on a backend in this build: a matter of the build, so it is found out once.
+_MISSING: dict[tuple[str, str], str] = {}
 _FALLBACKS: Counter[tuple[str, str]] = Counter()
 _strict = os.environ.get("FASTGPT_STRICT", "0") not in ("", "0")
 
@@ -54,6 +59,9 @@ def define(
     arguments = arguments.strip()[:-1].rstrip().removesuffix(",")
     _library.define(f"{name}{arguments}{',' if not arguments.endswith('(') else ''} str backend) -> {results.strip()}")
     _IMPLEMENTATIONS[name] = backends
+    for backend in backends:
+        if backend in native.DEVICE_TYPES and (why := native.missing(backend, name)):
+            _MISSING[name, backend] = why
     op = getattr(torch.ops.fastgpt, name).default
 
     def run(*args: Any) -> Any:
@@ -117,8 +125,18 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def owner(name: str, device_type: str, backend: str, reason: str) -> None:
-    """States which backend owns an operator on a device type, and why."""
-    _OWNERS[name, device_type] = (backend, reason)
+    """States which backend owns an operator on a device type, and why: the reference if this build lacks that backend.
+
+    To be called after the operator's ``define``.
+    """
+    why = _MISSING.get((name, backend))
+    _OWNERS[name, device_type] = (backend, reason) if why is None else ("reference", why)
+
+
+def _owner_on(name: str, device_type: str) -> tuple[str, str]:
+    if (name, device_type) in _OWNERS:
+        return _OWNERS[name, device_type]
+    return "reference", _MISSING.get((name, device_type), f"no fused kernel for device type {device_type}")
 
 
 def backends(name: str) -> tuple[str, ...]:
@@ -126,40 +144,48 @@ def backends(name: str) -> tuple[str, ...]:
     return tuple(_IMPLEMENTATIONS[name])
 
 
+def missing(name: str, backend: str) -> str | None:
+    """Why operator ``name`` cannot run on ``backend`` in this build, or None if it can."""
+    return _MISSING.get((name, backend))
+
+
 def operators() -> tuple[str, ...]:
     """The public operators, in alphabetical order."""
     return tuple(sorted({name for name, _ in _OWNERS}))
 
 
-def resolve(name: str, requested: str | None, device: torch.device, refusal: str | None) -> str:
+def resolve(name: str, requested: str | None, device: torch.device, refusal: str | dict[str, str] | None) -> str:
     """The backend that will run this call.
 
     Args:
         requested: the caller's ``backend=``; None and ``"fused"`` mean the owner.
-        refusal: why the fused kernel cannot take these arguments, or None if it can.
+        refusal: why the fused kernels cannot take these arguments, or None if they can; a dict {backend: why} where
+            backends differ, which leaves out those that can.
 
     Raises:
         ValueError: an unknown backend.
-        NotImplementedError: a backend asked for by name that cannot take these arguments.
+        NotImplementedError: a backend asked for by name that cannot take these arguments, or that this build lacks.
         FallbackError: strict mode, and only the reference can.
     """
-    chosen, reason = _OWNERS.get((name, device.type), ("reference", f"no fused kernel for device type {device.type}"))
     if requested is not None and requested != "fused":
         if requested not in ("reference", "torch", *_IMPLEMENTATIONS[name]):
             allowed = ", ".join(repr(b) for b in ("fused", *_IMPLEMENTATIONS[name], "torch"))
             raise ValueError(f"{name}: backend={requested!r} is unknown; allowed are {allowed}")
         if requested in ("reference", "torch"):
             return requested
-        if requested == "cpu" and device.type != "cpu":
-            raise NotImplementedError(f"{name}: backend='cpu' cannot take tensors on {device}")
-        if refusal is not None:
-            raise NotImplementedError(
-                f"{name}: backend={requested!r} does not take {refusal}; backend='reference' does"
-            )
+        if (name, requested) in _MISSING:
+            raise NotImplementedError(f"{name}: backend={requested!r} is not possible: {_MISSING[name, requested]}")
+        if device.type != native.DEVICE_TYPES[requested]:
+            raise NotImplementedError(f"{name}: backend={requested!r} cannot take tensors on {device}")
+        why = refusal.get(requested) if isinstance(refusal, dict) else refusal
+        if why is not None:
+            raise NotImplementedError(f"{name}: backend={requested!r} does not take {why}; backend='reference' does")
         return requested
-    if chosen != "reference" and refusal is None:
+    chosen, reason = _owner_on(name, device.type)
+    why = refusal.get(chosen) if isinstance(refusal, dict) else refusal
+    if chosen != "reference" and why is None:
         return chosen
-    why = refusal if refusal is not None else reason
+    why = reason if why is None else why
     if _strict:
         raise FallbackError(f"{name}: the fused kernel does not take {why}, and strict mode refuses the reference")
     _note_fallback(name, why)
@@ -195,31 +221,24 @@ def strict(enabled: bool = True) -> Iterator[None]:
 
 
 def explain(file: Any = None) -> None:
-    """Prints which backend owns each operator on this machine, why each other one does not, and past fallbacks."""
-    from fastgpt.ops.native import _C, cuda_summary
-
-    lines = [
-        f"CPU kernels: {_C.cpu.isa()} of "
-        + ", ".join(f"{name}{'' if supported else ' (not on this machine)'}" for name, _, supported in _C.cpu.isas()),
-        f"CUDA: {cuda_summary()}",
-        "",
-    ]
-    others = {
-        "cuda": "no CUDA kernel in this version; CUDA tensors go to the reference",
-        "triton": "no Triton kernel in this version",
-    }
+    """Prints which backend owns each operator on this machine, what the other ones are, and past fallbacks."""
+    isas = ", ".join(f"{isa}{'' if supported else ' (not on this machine)'}" for isa, _, supported in _C.cpu.isas())
+    lines = [f"CPU kernels: {_C.cpu.isa()} of {isas}", f"CUDA: {native.cuda_summary()}", ""]
     width = max(map(len, operators()), default=0)
     for name in operators():
-        for (op, device), (backend, reason) in sorted(_OWNERS.items()):
-            if op == name:
-                lines.append(f"{name:{width}}  {device:4} -> {backend}: {reason}")
+        for device_type in ("cpu", "cuda"):
+            backend, reason = _owner_on(name, device_type)
+            lines.append(f"{name:{width}}  {device_type:4} -> {backend}: {reason}")
     lines += [
         "",
-        "Not chosen, for every operator:",
+        "Chosen only by name, for every operator:",
         "  reference: the readable formula; takes every dtype and option",
+        "  torch: torch.nn.functional, the peer that benchmarks compare with",
+        f"  simt: the CUDA kernels on CPU tensors, slowly, for tests; {native.simt_summary()}",
+        "",
+        "Not in this version:",
+        "  triton: there is no Triton kernel",
     ]
-    lines += ["  torch: torch.nn.functional, the peer that benchmarks compare with"]
-    lines += [f"  {backend}: {why}" for backend, why in others.items()]
     if _FALLBACKS:
         lines += ["", "Fallbacks to the reference in this process:"]
         lines += [f"  {name}: {count} x {why}" for (name, why), count in sorted(_FALLBACKS.items())]
