@@ -9,13 +9,24 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
-
-_MAX_HEAD_DIM = 256  # of the fused kernels
+from fastgpt.ops import attention_eager, checks, native, philox, registry
+from fastgpt.ops.attention_options import (
+    DROPOUT_STEPS,
+    NO_CACHE,
+    SCHEMA,
+    Options,
+    check_alibi,
+    check_seed,
+    check_sinks,
+    fields,
+    options,
+    refusal,
+    rows,
+    wide,
+)
+from fastgpt.ops.native import DTYPES, Kernels, pointer
 
 
 def attention(
@@ -30,6 +41,10 @@ def attention(
     *,
     causal_alignment: Literal["top_left", "bottom_right"] = "top_left",
     window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Scaled dot product attention, as ``torch.nn.functional.scaled_dot_product_attention``.
@@ -41,7 +56,8 @@ def attention(
         value: (..., H, S, Ev), of query's dtype. Leading dimensions may be absent, and they broadcast.
         attn_mask: broadcastable to (..., Hq, L, S). Boolean (True takes part), or float32 or query's dtype (added to
             the scores). One that requires grad gets its gradient, on the reference.
-        dropout_p: probability to drop an attention weight, applied whenever positive, as in torch; on the reference.
+        dropout_p: probability to drop an attention weight, applied whenever positive, as in torch; rounded to a
+            multiple of 1 / 65536.
         is_causal: query i sees key j only where j <= i + shift. Combines with ``attn_mask``: a key must pass both.
         scale: of the scores; 1 / sqrt(E) if None.
         enable_gqa: Hq is a multiple of H, and Hq / H consecutive query heads share a key/value head.
@@ -49,6 +65,13 @@ def attention(
             S - L, so that the last query sees the last key, which decoding with a cache needs.
         window: (left, right), as in FlashAttention: query i sees key j only where
             i + shift - left <= j <= i + shift + right; -1 is unlimited. ``is_causal`` makes right 0.
+        softcap: scores become softcap * tanh(scores / softcap), after the scale and before all else (Gemma 2); 0: none.
+        alibi_slopes: (Hq,) or (..., Hq) float32, a constant: -slope * |i + S - L - j| is added to the scores (Press et
+            al., 2022; with FlashAttention's shift, whatever ``causal_alignment`` is).
+        sinks: (Hq,), float32 or query's dtype: one more logit per head that takes part in the softmax's denominator
+            only (gpt-oss; Xiao et al., 2023). A query that sees no key still gives zeros.
+        dropout_seed: int64, one element, on query's device. The same seed drops the same weights on every backend
+            (counter-based: ``fastgpt/ops/philox.py``). None: drawn from torch's generator.
         backend: see ``fastgpt.ops``.
 
     Returns:
@@ -57,67 +80,26 @@ def attention(
     Raises:
         TypeError: a dtype that is not allowed. ValueError: shapes or options that do not fit. Each names the argument.
     """
-    _check(query, key, value, attn_mask, dropout_p, enable_gqa, causal_alignment, window)
-    left, right = window
-    if is_causal:
-        right = 0
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-
-    refusal = unsupported_dtype(query)
-    if query.shape[-1] > _MAX_HEAD_DIM or value.shape[-1] > _MAX_HEAD_DIM:
-        refusal = f"a head dim above {_MAX_HEAD_DIM}"
-    elif dropout_p > 0.0:
-        refusal = "dropout_p > 0"
-    elif attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        refusal = "an attn_mask that requires grad"
-    chosen = registry.resolve("attention", backend, query.device, refusal)
-    if chosen == "torch":
-        return torch_eager(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window
-        )
-
+    _check(query, key, value, attn_mask, enable_gqa)
+    o = options("attention", query, dropout_p, is_causal, scale, causal_alignment, window, softcap)
     q, k, v, lead = _heads(query, key, value, enable_gqa)
-    length, keys = q.shape[2], k.shape[2]
-    if attn_mask is not None:
-        attn_mask = _four_dims(attn_mask, lead, length, keys)
-    dropout_mask = None
-    if dropout_p > 0.0:
-        dropout_mask = F.dropout(torch.ones(*q.shape[:3], keys, dtype=_wide(q.dtype), device=q.device), dropout_p)
-    bottom_right = causal_alignment == "bottom_right"
-    out, _ = _op(q, k, v, attn_mask, dropout_mask, float(scale), left, right, bottom_right, chosen)
+    length, heads = q.shape[2], q.shape[1]
+    mask = None if attn_mask is None else _four_dims(attn_mask, lead, length, k.shape[2])
+    sinks = check_sinks("attention", sinks, query, heads)
+    alibi = check_alibi("attention", alibi_slopes, query, lead)
+
+    why = refusal(query, value, o, sinks, alibi)
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        why = "an attn_mask that requires grad"
+    chosen = registry.resolve("attention", backend, query.device, why)
+    if chosen == "torch" and not o.softcap and sinks is None and alibi is None and dropout_seed is None:
+        return attention_eager.scaled_dot_product(query, key, value, attn_mask, dropout_p, enable_gqa, o)
+    seed = check_seed("attention", dropout_seed, query, o.dropout_threshold)
+    if chosen == "torch":
+        out = attention_eager.dense(q, k, v, mask, sinks, alibi, seed, o)
+    else:
+        out, _ = _op(q, k, v, mask, sinks, alibi, seed, *o, chosen)
     return out if len(lead) == 2 else out.reshape(*lead, length, v.shape[-1])
-
-
-def torch_eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    causal_alignment: str,
-    window: tuple[int, int],
-) -> Tensor:
-    """The same with torch.nn.functional, which needs an explicit mask for a window, for bottom-right, for two masks."""
-    length, keys = query.shape[-2], key.shape[-2]
-    bottom_right = causal_alignment == "bottom_right" and length != keys
-    if tuple(window) != (-1, -1) or (is_causal and (bottom_right or attn_mask is not None)):
-        left, right = window
-        band = _band(length, keys, left, 0 if is_causal else right, bottom_right, query.device)
-        assert band is not None
-        if attn_mask is None:
-            attn_mask = band
-        elif attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask & band
-        else:
-            attn_mask = attn_mask.masked_fill(~band, -math.inf)
-        is_causal = False
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
 
 
 # --- arguments ---
@@ -128,10 +110,7 @@ def _check(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_p: float,
     enable_gqa: bool,
-    causal_alignment: str,
-    window: tuple[int, int],
 ) -> None:
     checks.floating("attention", "query", query)
     checks.like("attention", "key", key, "query", query)
@@ -158,12 +137,6 @@ def _check(
             )
         if attn_mask.device != query.device:
             raise ValueError(f"attention: attn_mask is on {attn_mask.device}, but query is on {query.device}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"attention: dropout_p={dropout_p} must lie between 0 and 1")
-    if causal_alignment not in ("top_left", "bottom_right"):
-        raise ValueError(f"attention: causal_alignment={causal_alignment!r}; allowed are 'top_left' and 'bottom_right'")
-    if len(window) != 2 or not all(isinstance(side, int) and side >= -1 for side in window):
-        raise ValueError(f"attention: window={window!r} must be (left, right), two integers >= 0, or -1 for no limit")
 
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
@@ -226,25 +199,6 @@ def _four_dims(mask: Tensor, lead: tuple[int, ...], length: int, keys: int) -> T
     return mask
 
 
-def _band(length: int, keys: int, left: int, right: int, bottom_right: bool, device: torch.device) -> Tensor | None:
-    """(L, S) boolean: which keys each query sees by the window and the causal rule; None if all."""
-    if left < 0 and right < 0:
-        return None
-    shift = keys - length if bottom_right else 0
-    distance = torch.arange(keys, device=device) - torch.arange(length, device=device)[:, None] - shift
-    band = torch.ones_like(distance, dtype=torch.bool)
-    if left >= 0:
-        band &= distance >= -left
-    if right >= 0:
-        band &= distance <= right
-    return band
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the reference computes, and of the log-sum-exp."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _empty(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
     """(B, H, L, D) over memory in (B, L, H, D) order, as torch's kernel gives: merging the heads is then a view."""
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
@@ -262,30 +216,54 @@ def _grouped(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def _positions(length: int, keys: int, device: torch.device, shift: int) -> Tensor:
+    """j - (i + shift), (L, S): how far right of its diagonal each key lies."""
+    return torch.arange(keys, device=device) - torch.arange(length, device=device)[:, None] - shift
+
+
 def _scores(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-) -> Tensor:
-    """scale Q K^T + mask, -inf where a key is not seen."""
-    scores = scale * (query @ key.transpose(-2, -1))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        else:
-            scores = scores + attn_mask
-    band = _band(query.shape[-2], key.shape[-2], left, right, bottom_right, query.device)
-    return scores if band is None else scores.masked_fill(~band, -math.inf)
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi: Tensor | None, o: Options
+) -> tuple[Tensor, Tensor | None]:
+    """(scores, t): scale Q K^T, capped, biased and masked, -inf where a key is not seen; t = tanh of the capping."""
+    length, keys = q.shape[-2], k.shape[-2]
+    scores = o.scale * (q @ k.transpose(-2, -1))
+    t = None
+    if o.softcap:
+        t = torch.tanh(scores / o.softcap)
+        scores = o.softcap * t
+    if alibi is not None:
+        scores = scores - alibi[:, :, None, None] * _positions(length, keys, q.device, keys - length).abs()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    if o.left >= 0 or o.right >= 0:
+        position = _positions(length, keys, q.device, keys - length if o.bottom_right else 0)
+        if o.left >= 0:
+            scores = scores.masked_fill(position < -o.left, -math.inf)
+        if o.right >= 0:
+            scores = scores.masked_fill(position > o.right, -math.inf)
+    return scores, t
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension, zero (with zero derivatives) where a query sees no key."""
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(P, P of the sink, lse). P is zero, with zero derivatives, where a query sees no key and there is no sink."""
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], -1)
     unseen = (scores == -math.inf).all(-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(unseen, 0.0), -1).masked_fill(unseen, 0.0)
+    scores = scores.masked_fill(unseen, 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(unseen[..., 0], math.inf)
+    p = torch.softmax(scores, -1).masked_fill(unseen, 0.0)
+    return (p, None, lse) if sinks is None else (p[..., :-1], p[..., -1:], lse)
+
+
+def _dropout(p: Tensor, seed: Tensor | None, first_head: int, o: Options) -> Tensor | None:
+    """What P is multiplied by: 0, or 65536 / (65536 - threshold); None without dropout."""
+    if seed is None:
+        return None
+    batch, heads, length, keys = p.shape
+    values = philox.dropout_values(seed, first_head, batch * heads, length, keys).view(p.shape)
+    return (values >= o.dropout_threshold).to(p.dtype) * (DROPOUT_STEPS / max(DROPOUT_STEPS - o.dropout_threshold, 1))
 
 
 def reference(
@@ -293,25 +271,24 @@ def reference(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_mask: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    seed: Tensor | None,
+    *numbers: Any,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse): P = softmax(scores), out = P V, lse = log(sum(exp(scores))).
+    """(out, lse): P = exp(scores - lse), lse = log(exp(sink) + sum(exp(scores))), out = dropout(P) V.
 
-    A query that sees no key has lse = +inf, so that exp(scores - lse) is zero for it in a kernel's backward.
-    ``dropout_mask`` holds 0 or 1 / (1 - p) and multiplies P.
+    A query that sees no key, without a sink, has lse = +inf, so that exp(scores - lse) is zero for it in a kernel's
+    backward. ``numbers`` are those of ``Options``; ``first_head`` is where the count of batch * heads + head begins.
     """
-    dtype, heads = _wide(query.dtype), query.shape[1]
+    o, dtype, heads = Options(*numbers), wide(query.dtype), query.shape[1]
     q, k, v = query.to(dtype), _grouped(key.to(dtype), heads), _grouped(value.to(dtype), heads)
-    scores = _scores(q, k, attn_mask, scale, left, right, bottom_right)
-    lse = torch.logsumexp(scores, -1)
-    lse = torch.where(lse == -math.inf, math.inf, lse)
-    p = _softmax(scores)
-    if dropout_mask is not None:
-        p = p * dropout_mask
+    scores, _ = _scores(q, k, attn_mask, alibi, o)
+    p, _, lse = _softmax(scores, sinks)
+    multiplier = _dropout(p, seed, first_head, o)
+    if multiplier is not None:
+        p = p * multiplier
     return _result(p @ v, query), lse
 
 
@@ -321,190 +298,146 @@ def reference_backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV, dmask). With P recomputed (from the scores alone, which keeps second derivatives right):
+    *numbers: Any,
+    first_head: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV, dmask, dsinks). With P recomputed (from the scores alone, which keeps second derivatives right):
 
-    dV = P^T dO,  dP = dO V^T,  delta = rowsum(dO * O),  dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q,
-    dmask = dS. Dropout multiplies P in dV and dP by its mask. Heads that share a key/value head add up.
+    dV = P^T dO,  dP = dO V^T,  delta = rowsum(dO * O),  dS = P * (dP - delta),  dmask = dS,
+    dQ = scale dS K,  dK = scale dS^T Q, with dS times 1 - t^2 where the scores are capped: t = tanh(scores / softcap),
+    dsink = -sum(P_sink * delta) over the batch and the queries.
+    Dropout multiplies P in dV, and dP, by what it multiplied P by. Heads that share a key/value head add up.
     """
-    dtype, heads = _wide(query.dtype), query.shape[1]
+    *settings, mask_grad = numbers
+    o, dtype, heads = Options(*settings), wide(query.dtype), query.shape[1]
     q, k, v = query.to(dtype), _grouped(key.to(dtype), heads), _grouped(value.to(dtype), heads)
     do = dout.to(dtype)
-    p = _softmax(_scores(q, k, attn_mask, scale, left, right, bottom_right))
+    scores, t = _scores(q, k, attn_mask, alibi, o)
+    p, p_sink, _ = _softmax(scores, sinks)
+    multiplier = _dropout(p, seed, first_head, o)
     dp = do @ v.transpose(-2, -1)
-    dv = (p if dropout_mask is None else p * dropout_mask).transpose(-2, -1) @ do
-    if dropout_mask is not None:
-        dp = dp * dropout_mask
+    if multiplier is None:
+        dv = p.transpose(-2, -1) @ do
+    else:
+        dv = (p * multiplier).transpose(-2, -1) @ do
+        dp = dp * multiplier
     delta = (do * out.to(dtype)).sum(-1, keepdim=True)
     ds = p * (dp - delta)
-    dq = scale * (ds @ k)
-    dk = scale * (ds.transpose(-2, -1) @ q)
+    dmask, dsinks = query.new_empty(0), query.new_empty(0)
+    if mask_grad and attn_mask is not None:
+        dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    if p_sink is not None:
+        dsinks = -(p_sink * delta).sum((0, 2, 3))
+    if t is not None:
+        ds = ds * (1 - t * t)
+    dq = o.scale * (ds @ k)
+    dk = o.scale * (ds.transpose(-2, -1) @ q)
     if key.shape[1] != heads:
         dk = dk.unflatten(1, (key.shape[1], -1)).sum(2)
         dv = dv.unflatten(1, (key.shape[1], -1)).sum(2)
-    none = query.new_empty(0)
-    dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if mask_grad and attn_mask is not None else none
-    return _result(dq, query), _result(dk, query), _result(dv, query), dmask
+    return _result(dq, query), _result(dk, query), _result(dv, query), dmask, dsinks
 
 
 # --- kernels ---
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``x`` if its last dimension is contiguous, which is all that the kernel asks for; otherwise a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _common_fields(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-) -> dict[str, Any]:
-    """The fields that the forward and the backward kernel share."""
-    batch, heads, length, dim = query.shape
-    keys = key.shape[2]
-    mask = None if attn_mask is None else attn_mask.expand(batch, heads, length, keys)
-    additive = mask is not None and mask.dtype != torch.bool
-    return {
-        "q": pointer(query),
-        "k": pointer(key),
-        "v": pointer(value),
-        "mask": pointer(mask),
-        "sinks": None,
-        "alibi": None,
-        "dropout_seed": None,
-        "cu_seqlens_q": None,
-        "cu_seqlens_k": None,
-        "batch": batch,
-        "heads": heads,
-        "kv_heads": key.shape[1],
-        "queries": length,
-        "keys": keys,
-        "dim": dim,
-        "value_dim": value.shape[-1],
-        "total_queries": batch * length,
-        "total_keys": batch * keys,
-        "q_strides": query.stride()[:3],
-        "k_strides": key.stride()[:3],
-        "v_strides": value.stride()[:3],
-        "mask_strides": (0, 0, 0, 0) if mask is None else mask.stride(),
-        "lse_strides": (heads * length, length),
-        "alibi_stride": 0,
-        "left": left,
-        "right": right,
-        "dropout_threshold": 0,
-        "scale": scale,
-        "softcap": 0.0,
-        "bottom_right": bottom_right,
-        "dtype": DTYPES[query.dtype],
-        "mask_dtype": DTYPES[mask.dtype] if mask is not None and additive else 0,
-        "mask_bool": mask is not None and not additive,
-    }
-
-
-def _native(
+def native_forward(
     kernels: Kernels,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_mask: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    seed: Tensor | None,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
-    assert dropout_mask is None  # refused by attention()
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = rows(query), rows(key), rows(value)
     batch, heads, length, _ = query.shape
     out = _empty(query, batch, heads, length, value.shape[-1])
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     if not out.numel() or not key.shape[2]:
-        return out.zero_(), lse.fill_(math.inf)
+        return out.zero_(), lse.copy_(sinks[:, None]) if sinks is not None else lse.fill_(math.inf)
     kernels.attention_forward(
-        out=pointer(out),
-        lse=pointer(lse),
-        cache_seqlens=None,
-        block_table=None,
-        block_table_stride=0,
-        page_size=0,
-        num_splits=0,
-        out_strides=out.stride()[:3],
-        **_common_fields(query, key, value, attn_mask, scale, left, right, bottom_right),
+        **{
+            **fields(query, key, value, sinks, alibi, seed, Options(*numbers)),
+            **_mask_fields(attn_mask, query, key),
+            **NO_CACHE,
+            "out": pointer(out),
+            "lse": pointer(lse),
+            "out_strides": out.stride()[:3],
+        }
     )
     return out, lse
 
 
-def _native_backward(
+def native_backward(
     kernels: Kernels,
     dout: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert dropout_mask is None  # refused by attention()
-    assert not mask_grad
-    query, key, value, out, dout = (_rows(x) for x in (query, key, value, out, dout))
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *settings, mask_grad = numbers
+    assert not mask_grad  # refused by attention()
+    query, key, value, out, dout = (rows(x) for x in (query, key, value, out, dout))
     dq, dk, dv = (_empty(query, *x.shape) for x in (query, key, value))
-    none = query.new_empty(0)
+    dmask = query.new_empty(0)
+    dsinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
     if not out.numel() or not key.shape[2]:
-        return dq.zero_(), dk.zero_(), dv.zero_(), none
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask, dsinks.zero_()
     kernels.attention_backward(
-        dq=pointer(dq),
-        dk=pointer(dk),
-        dv=pointer(dv),
-        dsinks=None,
-        dout=pointer(dout),
-        out=pointer(out),
-        lse=pointer(lse),
-        dq_strides=dq.stride()[:3],
-        dk_strides=dk.stride()[:3],
-        dv_strides=dv.stride()[:3],
-        dout_strides=dout.stride()[:3],
-        out_strides=out.stride()[:3],
-        **_common_fields(query, key, value, attn_mask, scale, left, right, bottom_right),
+        **{
+            **fields(query, key, value, sinks, alibi, seed, Options(*settings)),
+            **_mask_fields(attn_mask, query, key),
+            "dq": pointer(dq),
+            "dk": pointer(dk),
+            "dv": pointer(dv),
+            "dsinks": None if sinks is None else pointer(dsinks),
+            "dout": pointer(dout),
+            "out": pointer(out),
+            "lse": pointer(lse),
+            "dq_strides": dq.stride()[:3],
+            "dk_strides": dk.stride()[:3],
+            "dv_strides": dv.stride()[:3],
+            "dout_strides": dout.stride()[:3],
+            "out_strides": out.stride()[:3],
+        }
     )
-    return dq, dk, dv, none
+    return dq, dk, dv, dmask, dsinks
+
+
+def _mask_fields(mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Any]:
+    if mask is None:
+        return {}
+    whole = mask.expand(*query.shape[:3], key.shape[2])
+    boolean = mask.dtype == torch.bool
+    return {
+        "mask": pointer(whole),
+        "mask_strides": whole.stride(),
+        "mask_dtype": 0 if boolean else DTYPES[mask.dtype],
+        "mask_bool": boolean,
+    }
 
 
 # --- registration ---
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_mask: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
-    lse = query.new_empty(batch, heads, length, dtype=_wide(query.dtype))
+    lse = query.new_empty(batch, heads, length, dtype=wide(query.dtype))
     return _empty(query, batch, heads, length, value.shape[-1]), lse
 
 
@@ -514,20 +447,17 @@ def _fake_backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dmask = attn_mask.new_empty(attn_mask.shape) if mask_grad and attn_mask is not None else query.new_empty(0)
-    return _empty(query, *query.shape), _empty(query, *key.shape), _empty(query, *value.shape), dmask
+    sinks: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dmask = torch.empty_like(attn_mask) if rest[-1] and attn_mask is not None else query.new_empty(0)
+    dsinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return _empty(query, *query.shape), _empty(query, *key.shape), _empty(query, *value.shape), dmask, dsinks
 
 
 class _Attention(torch.autograd.Function):
+    """``numbers`` are those of ``Options`` and the backend."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -535,41 +465,40 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None,
-        dropout_mask: Tensor | None,
-        scale: float,
-        left: int,
-        right: int,
-        bottom_right: bool,
-        backend: str,
+        sinks: Tensor | None,
+        alibi: Tensor | None,
+        seed: Tensor | None,
+        *numbers: Any,
     ) -> tuple[Tensor, Tensor]:
-        options = (scale, left, right, bottom_right)
-        out, lse = registry.below_autograd(_op, query, key, value, attn_mask, dropout_mask, *options, backend)
-        ctx.save_for_backward(query, key, value, attn_mask, dropout_mask, out, lse)
-        ctx.options, ctx.backend = options, backend
+        tensors = (query, key, value, attn_mask, sinks, alibi, seed)
+        out, lse = registry.below_autograd(_op, *tensors, *numbers)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.numbers = numbers
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        mask_grad = ctx.needs_input_grad[3]
-        dq, dk, dv, dmask = _op_backward(dout, *ctx.saved_tensors, *ctx.options, mask_grad, ctx.backend)
-        return dq, dk, dv, dmask if mask_grad else None, None, None, None, None, None, None
+        *numbers, backend = ctx.numbers
+        mask_grad, sinks_grad = ctx.needs_input_grad[3:5]
+        dq, dk, dv, dmask, dsinks = _op_backward(dout, *ctx.saved_tensors, *numbers, mask_grad, backend)
+        rest = (None,) * (2 + len(ctx.numbers))
+        return dq, dk, dv, dmask if mask_grad else None, dsinks if sinks_grad else None, *rest
 
 
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi, Tensor? seed"
 _op = registry.define(
     "attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_mask, float scale, int left,"
-    " int right, bool bottom_right) -> (Tensor, Tensor)",
-    {"reference": reference, **native.backends(_native)},
+    f"({_TENSORS}, {SCHEMA}) -> (Tensor, Tensor)",
+    {"reference": reference, **native.backends(native_forward)},
     _fake,
     _Attention,
 )
 _op_backward = registry.define(
     "attention_backward",
-    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_mask, Tensor out,"
-    " Tensor lse, float scale, int left, int right, bool bottom_right, bool mask_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference_backward, **native.backends(_native_backward)},
+    f"(Tensor dout, {_TENSORS}, Tensor out, Tensor lse, {SCHEMA}, bool mask_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"reference": reference_backward, **native.backends(native_backward)},
     _fake_backward,
 )
 registry.owner("attention", "cpu", "cpu", "online softmax, never an L x S matrix; deterministic gradients")

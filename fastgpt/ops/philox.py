@@ -4,7 +4,8 @@ A random word is a pure function of a 64-bit key and a 128-bit counter, so any t
 word without state, order or communication. fastgpt's keys and counters, here and in csrc/core/philox.h:
 
     key     = (seed mod 2^32, seed div 2^32)
-    counter = (position mod 2^32, position div 2^32, row, stream)
+    counter = (position mod 2^32, position div 2^32, row, stream)   sampling
+    counter = (key div 8, query, batch * heads + head, stream)      dropout of attention weights
 
 ``stream`` is a constant per consumer, so that two consumers with one seed do not share numbers.
 """
@@ -20,6 +21,7 @@ _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 
 SAMPLE_STREAM = 1
+ATTENTION_STREAM = 2
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,3 +50,26 @@ def uniform_bits(seed: Tensor, row: Tensor, position: Tensor, stream: int) -> li
     counter = (position & _MASK, (position >> 32) & _MASK, row, torch.full_like(row, stream))
     high, low, _, _ = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
     return [(h << 32) | w for h, w in zip(high.tolist(), low.tolist(), strict=True)]
+
+
+def dropout_values(seed: Tensor, first_head: int, heads: int, queries: int, keys: int) -> Tensor:
+    """The 16-bit number of every attention weight, int64 (heads, queries, keys): the weight is kept where it is at
+    least dropout_p * 65536.
+
+    One call gives the numbers of eight keys, each word's low half before its high half.
+
+    Args:
+        seed: int64, one element.
+        first_head: batch * heads + head of the first head.
+    """
+    blocks = -(-keys // 8)
+    device = seed.device
+    counter = torch.broadcast_tensors(
+        torch.arange(blocks, device=device),
+        torch.arange(queries, device=device)[:, None],
+        torch.arange(first_head, first_head + heads, device=device)[:, None, None],
+        torch.tensor(ATTENTION_STREAM, device=device),
+    )
+    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, -1).reshape(heads, queries, blocks * 8)[..., :keys]

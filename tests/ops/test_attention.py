@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 import fastgpt
 from fastgpt import ops
-from fastgpt.ops.attention import torch_eager
 from tests.ops import harness
 
 BACKENDS = harness.backends("attention")
@@ -313,7 +312,7 @@ def test_causal_combines_with_a_mask_as_in_torch(mask_dtype):
     mask = torch.rand(33, 33) > 0.4 if mask_dtype == torch.bool else torch.randn(33, 33)
     expected = F.scaled_dot_product_attention(query, key, value, mask, is_causal=True)
     torch.testing.assert_close(ops.attention(query, key, value, mask, is_causal=True, backend="cpu"), expected)
-    both = torch_eager(query, key, value, mask, 0.0, True, None, False, "top_left", (-1, -1))
+    both = ops.attention(query, key, value, mask, is_causal=True, backend="torch")
     torch.testing.assert_close(both, expected)
 
 
@@ -341,29 +340,6 @@ def test_mask_gradient_comes_from_the_reference():
         ops.attention(**t, attn_mask=mask, backend="cpu")
 
 
-def test_dropout_goes_to_the_reference_openly():
-    query, key, value = (torch.randn(2, 2, 64, 32) for _ in range(3))
-    with fastgpt.strict(), pytest.raises(fastgpt.FallbackError, match=r"attention.*dropout_p > 0"):
-        ops.attention(query, key, value, dropout_p=0.5)
-    eye = torch.eye(64).expand(2, 2, 64, 64)  # value = identity: the output is P with dropout
-    p = ops.attention(query, key, eye)
-    dropped = ops.attention(query, key, eye, dropout_p=0.25)
-    kept = dropped != 0
-    assert 0.7 < kept.float().mean() < 0.8
-    torch.testing.assert_close(dropped[kept], (p / 0.75)[kept])
-    assert not ops.attention(query, key, value, dropout_p=1.0).any()
-
-
-def test_gradcheck_with_dropout():
-    t = [torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-
-    def run(query, key, value):
-        torch.manual_seed(1)
-        return ops.attention(query, key, value, dropout_p=0.4, backend="reference")
-
-    assert torch.autograd.gradcheck(run, t)
-
-
 @pytest.mark.parametrize("band", BANDS)
 def test_gradcheck_of_the_formula(band):
     shape = {"query": (1, 4, 5, 3), "key": (1, 2, 6, 3), "value": (1, 2, 6, 2)}
@@ -377,12 +353,12 @@ def test_gradcheck_of_the_formula(band):
 def test_registration(backend):
     q, k, v = (torch.randn(s, requires_grad=True) for s in ((2, 4, 6, 8), (2, 2, 7, 8), (2, 2, 7, 5)))
     mask = torch.rand(6, 7) > 0.3
-    arguments = (mask.view(1, 1, 6, 7), None, 0.3, 3, 0, True)
+    arguments = (mask.view(1, 1, 6, 7), None, None, None, 0.3, 0.0, 0, 3, 0, True)
     harness.opcheck("attention", (q, k, v, *arguments, backend))
     with torch.no_grad():
         out, lse = torch.ops.fastgpt.attention(q, k, v, *arguments, backend)
     t = [x.detach() for x in (torch.randn_like(out), q, k, v)]
-    harness.opcheck("attention_backward", (*t, *arguments[:2], out, lse, *arguments[2:], False, backend))
+    harness.opcheck("attention_backward", (*t, *arguments[:4], out, lse, *arguments[4:], False, backend))
 
 
 def test_heads_merge_without_a_copy():

@@ -1,3 +1,8 @@
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,3 +51,25 @@ def test_every_backend_draws_these_very_bits(backend):
     token, _ = ops.sample(torch.zeros(4, 2**20), seed=seed, row=row, position=position, backend=backend)
     bits = philox.uniform_bits(seed, row, position, philox.SAMPLE_STREAM)
     assert token.tolist() == [b >> 44 for b in bits]
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_dropout_values_are_those_of_the_header(tmp_path):
+    """csrc/core/philox.h itself, compiled on its own."""
+    source = """
+    #include "core/philox.h"
+    using namespace fastgpt::FASTGPT_ISA;
+    extern "C" unsigned value(long long seed, long long head, long long query, long long key) {
+      return dropout_value(dropout_words(seed, head, query, key / 8), key % 8);
+    }"""
+    library = tmp_path / "philox.so"
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    command = ["c++", "-std=c++17", "-shared", "-fPIC", f"-I{csrc}", "-x", "c++", "-", "-o", library]
+    subprocess.run(command, input=source, text=True, check=True)
+    value = ctypes.CDLL(str(library)).value
+    value.argtypes = [ctypes.c_longlong] * 4
+    for seed in (0, 1, -1, 2**40 + 5, -(2**63)):
+        for first in (0, 70000):
+            ours = philox.dropout_values(torch.tensor([seed]), first, 3, 4, 21)
+            theirs = [[[value(seed, first + h, i, j) for j in range(21)] for i in range(4)] for h in range(3)]
+            assert ours.tolist() == theirs
