@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 # One job per core for the native build and the tests.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+# The CUDA kernels on the emulator: the tests run them.
+export FASTGPT_SIMT ?= on
 
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
@@ -31,13 +33,13 @@ bench: $(READY) ## Time every operator and a training step against torch; writes
 lint: $(READY) ## Formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cu')
 	$(BIN)/mypy
 
 format: $(READY) ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cu')
 
 doctor: $(READY) ## Print versions, instruction set, and which kernel runs what
 	@$(BIN)/fastgpt doctor

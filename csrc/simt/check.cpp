@@ -182,7 +182,10 @@ Checker& checker() {
 
 std::string describe(const Place& place) {
   if (place.site.line) return simt::describe(place.site);
-  return look_up({place.pc})[0];
+  static std::map<const void*, std::string> known;
+  std::string& found = known[place.pc];
+  if (found.empty()) found = look_up({place.pc})[0];
+  return found;
 }
 
 std::string who(const Mark& mark) {
@@ -255,7 +258,8 @@ void check_access(const char* address, size_t bytes, Access kind, const Place& p
   bool is_shared = false;
   Cell* cells = cells_of(address, bytes, &is_shared);
   if (!cells) {
-    if (!c.shared.holds(address)) {
+    const Range arena{c.shared.begin, c.shared.begin + kSharedArena};
+    if (!arena.holds(address)) {
       for (const Range& range : c.ignored)
         if (range.holds(address)) return;
       if (kind == Access::read) {
@@ -265,7 +269,7 @@ void check_access(const char* address, size_t bytes, Access kind, const Place& p
       }
     }
     std::string what = std::string("out of bounds: ") + verb(kind) + " of " + std::to_string(bytes) + " bytes";
-    if (c.shared.holds(address)) what += " over the end of the block's shared memory";
+    if (arena.holds(address)) report(what + " past the end of the block's shared memory", place);
     // The nearest region before the address tells by how far.
     const char* nearest = nullptr;
     for (const auto& [end, region] : c.regions)
@@ -277,7 +281,7 @@ void check_access(const char* address, size_t bytes, Access kind, const Place& p
   const Mark now = mark_now(kind, place);
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = cells[i];
-    if (cell.in_flight)
+    if (cell.in_flight && cell.write.block == c.block)
       report(std::string(verb(kind)) + " of bytes that a cp.async of " + who(cell.write) +
                  " may still write: it was not waited for",
              place);
@@ -312,6 +316,7 @@ void check_access(const char* address, size_t bytes, Access kind, const Place& p
     } else {
       cell.write = now;
       cell.written = true;
+      cell.in_flight = false;
       cell.written_by = c.block;
     }
   }

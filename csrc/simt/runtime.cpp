@@ -94,7 +94,7 @@ struct Machine {
   void* closure = nullptr;
   size_t dynamic_shared = 0, shared_used = 0;
   std::vector<Static> statics;
-  alignas(1024) unsigned char shared[228 << 10];
+  alignas(1024) unsigned char shared[kSharedArena];
   bool failed = false;
   std::string failure;
 };

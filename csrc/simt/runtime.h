@@ -52,6 +52,7 @@ Device& device();
 constexpr int kWarpSize = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kSharedArena = 228 << 10;  // more than any device gives a block
 
 struct Lane {
   void* stack_pointer = nullptr;
