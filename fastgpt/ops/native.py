@@ -15,7 +15,9 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +74,18 @@ def unsupported_dtype(*tensors: torch.Tensor | None) -> str | None:
 
 
 def _optional(name: str) -> Any:
-    """A module of this package that a build may leave out, or None."""
+    """A module of this package that a build may leave out, or None.
+
+    FASTGPT_SIMT_LIBRARY and FASTGPT_SIMT_CHECKED_LIBRARY name another build of the emulator's modules to load in their
+    place: the mutation run judges changed kernels that way.
+    """
+    if path := os.environ.get(f"FASTGPT{name.upper()}_LIBRARY"):
+        spec = importlib.util.spec_from_file_location(f"fastgpt.{name}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
     try:
         return importlib.import_module(f"fastgpt.{name}")
     except ModuleNotFoundError:
