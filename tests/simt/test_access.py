@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastgpt.ops import native
 from tests.simt import access
 from tests.simt.calls import ALIGNED
 
