@@ -42,14 +42,14 @@ def _schedule(request, schedule):
 
 
 @pytest.fixture(autouse=True)
-def schedule(request):
+def own_schedule(request):
     """Each test has a schedule of its own, always the same one; a failure's report says which."""
     chosen = zlib.crc32(request.node.nodeid.encode())
     _schedule(request, {**SCHEDULES[chosen % len(SCHEDULES)], "seed": chosen})
 
 
 @pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s['order']}-{'lazy' if s['lazy_copies'] else 'eager'}")
-def every_schedule(request, schedule):
+def every_schedule(request, own_schedule):
     """Runs a test once under each kind of schedule."""
     _schedule(request, request.param)
     return request.param
