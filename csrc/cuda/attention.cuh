@@ -171,15 +171,15 @@ inline bool rows_aligned(const void* x, const int64_t (&strides)[3], int64_t dim
          dim % kUnit == 0;
 }
 
-// Fills a tile: row r from source(r), `dim` elements and then zeros; zeros where source(r) is null. With `aligned`
-// (rows_aligned) by cp.async, which the caller commits and waits for; else by plain accesses. `anywhere` is an address
-// that can be read. Either way the tile is there after the barrier that follows the wait. kUnroll rows a thread at
-// once: few where source() is long.
+// Fills a tile, by the kThreads of the block or by a warp: row r from source(r), `dim` elements and then zeros; zeros
+// where source(r) is null. With `aligned` (rows_aligned) by cp.async, which the caller commits and waits for; else by
+// plain accesses. `anywhere` is an address that can be read. Either way the tile is there after the barrier that
+// follows the wait. kUnroll rows a thread at once: few where source() is long.
 template <int kRows, int kCols, int kThreads, int kUnroll = 64, class T, class Source>
 __device__ inline void load_tile(T* tile, const T* anywhere, int dim, bool aligned, Source source) {
   constexpr int kChunks = kCols / kPack<T>, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+  const int thread = threadIdx.x % kThreads, chunk = thread % kChunks, first = thread / kChunks;
   const int column = chunk * kPack<T>;
   if (aligned) {
 #pragma unroll kUnroll
@@ -208,7 +208,7 @@ template <int kRows, int kCols, int kThreads, class T>
 __device__ inline void load_rows(T* tile, const T* rows, int64_t stride, int count, int dim) {
   constexpr int kChunks = kCols / kPack<T>, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+  const int thread = threadIdx.x % kThreads, chunk = thread % kChunks, first = thread / kChunks;
   const T* const from = rows + first * stride + chunk * kPack<T>;
 #pragma unroll
   for (int r = 0; r < kRows; r += kStep) {

@@ -135,11 +135,11 @@ __global__ void __launch_bounds__(128, kDim <= 128 ? 2 : 1)
     const int r = own_row + 16 * block + 8 * half, tile_row = r - first_row;
     const int head = rows.head(min(r, last_row));
     const RowEnd row_end = end_row<T>(p, head, warp.m[block][half], warp.l[block][half]);
-    const float factor = row_end.factor / row_end.divisor;
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d)
       store4(q_tile + tile_offset<T, kDim>(tile_row, d) + lane % 4 * 2,
-             pack_pair<T>(warp.o[block][d][2 * half] * factor, warp.o[block][d][2 * half + 1] * factor));
+             pack_pair<T>(finished<T>(warp.o[block][d][2 * half], row_end),
+                          finished<T>(warp.o[block][d][2 * half + 1], row_end)));
     if (r <= last_row && lane % 4 == 0) p.lse[lse_offset(p, sequence, batch, head) + rows.query(r)] = row_end.lse;
   });
   __syncwarp();

@@ -148,6 +148,13 @@ __device__ inline RowEnd end_row(const AttentionForward& p, int head, float m, f
   return {p.dropout_threshold > 0 ? factor * dropout_scale(p) : factor, l, lse};
 }
 
+// A value of out, from the sum of weights times values.
+template <class T>
+__device__ inline float finished(float o, const RowEnd& end) {
+  if constexpr (sizeof(T) == 4) return o * end.factor / end.divisor;  // one rounding less
+  return o * (end.factor / end.divisor);
+}
+
 // --- 16 x kBlocks rows of a warp, on tensor cores ---
 //
 // Lane 4 g + t holds rows g and g + 8 of each block of 16, and of every 8 columns 2t and 2t + 1.
