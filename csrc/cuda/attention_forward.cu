@@ -170,22 +170,13 @@ Status launch_forward(const AttentionForward& p, Launch& launch, bool aligned) {
       static_cast<int>(tiles), aligned);
 }
 
-// With few queries the keys are split over blocks. Which way is a matter of the shape alone; a packed batch always goes
-// the one way, because its longest sequence must not change its neighbours' bits.
-constexpr int64_t kDecodeRows = 64;
-
-bool few_queries(const AttentionForward& p) {
-  if (p.cu_seqlens_q) return false;
-  return p.num_splits > 1 || p.queries * (p.heads / p.kv_heads) <= kDecodeRows;
-}
-
 }  // namespace
 
 Status attention_forward(const AttentionForward& p, Launch& launch) {
   const Status status = check_attention(p);
   if (status.code != Status::ok) return status;
   if (p.dtype == DType::f32) return attention_forward_f32(p, launch);
-  if (few_queries(p)) return attention_decode(p, launch);
+  if (splits_keys(p)) return attention_decode(p, launch);
   return dispatch_dtype(p.dtype, [&](auto t) -> Status {
     using T = typename decltype(t)::type;
     if constexpr (sizeof(T) == 2) {

@@ -68,10 +68,15 @@ __device__ inline const T* key_row(const AttentionForward& p, const T* x, const 
 // With few queries, the keys of a sequence are split over blocks. Its pieces depend on its own length alone, so that
 // its bits do not depend on its neighbours nor on the device.
 
+constexpr int kSplitRows = 64;  // rows of a key/value head that count as few
 constexpr int kSplitUnit = 64;     // a piece is a multiple of this
 constexpr int kSplitKeys = 256;    // the least that is worth a block of its own, unless the caller asks
 constexpr int kMaxSplits = 64;     // unless the caller asks: what one warp adds up at the end
 
+// A packed batch is never split, because its longest sequence must not change its neighbours' bits.
+inline bool splits_keys(const AttentionForward& p) {
+  return !p.cu_seqlens_q && (p.num_splits > 1 || p.queries * (p.heads / p.kv_heads) <= kSplitRows);
+}
 FASTGPT_HOST_DEVICE inline int split_length(const AttentionForward& p, int keys) {
   const int64_t count = p.num_splits > 0 ? p.num_splits : kMaxSplits;
   const int64_t length = round_up(ceil_div(keys, count), kSplitUnit),
@@ -93,7 +98,7 @@ struct Partials {
 };
 inline Partials make_partials(const AttentionForward& p, Launch& launch, int dim) {
   const int64_t splits = most_splits(p), rows = p.batch * p.heads * p.queries;
-  if (splits == 1) return {nullptr, nullptr, 1};
+  if (splits == 1 || !splits_keys(p)) return {nullptr, nullptr, 1};
   float* o = launch.scratch<float>(rows * splits * dim);
   return {o, launch.scratch<float>(rows * splits * 2), static_cast<int>(splits)};
 }
