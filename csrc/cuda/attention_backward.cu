@@ -108,6 +108,7 @@ struct Shape {
   static constexpr int kAtoms = kDim == 64 ? 2 : 1;  // of 16 own rows, in a warp
   static constexpr int kWarps = kDim == 128 || kGradient == Gradient::dv ? 8 : 4;
   static constexpr int kThreads = kWarp * kWarps;
+  static constexpr int kMinBlocks = kDim == 64 ? (kKeys ? 2 : 3) : 1;  // on an SM: bounds the registers
   static constexpr int kOwn = 16 * kAtoms * kWarps;
   static constexpr int kStream = kDim == 256 ? 16 : 32;  // rows of a tile
   static constexpr int kStep = kDim == 128 ? 32 : 16;    // of them that a warp multiplies with at once
@@ -211,9 +212,8 @@ struct Weights {
             const int i = kKeys ? stream : own, j = kKeys ? own : stream;
             float slope = 1.0f, score = weight * scale;
             if (p.softcap > 0) {
-              const float cap = static_cast<float>(p.softcap);
               score = capped(p, score);
-              slope = 1.0f - score / cap * (score / cap);
+              slope = capped_slope(p, score);
             }
             RowOptions of_row = options;
             of_row.query = i;
@@ -301,21 +301,24 @@ __device__ inline void store_sums(const float (&sums)[Shape::kAtoms][Shape::kDim
   __syncthreads();
   constexpr int kChunks = kDim / 8, kStep = Shape::kThreads / kChunks;
   const int chunk = threadIdx.x % kChunks, column = 8 * chunk;
+  if (column >= rows.dim) return;
+  if (rows.aligned) {
 #pragma unroll 4
+    for (int r = threadIdx.x / kChunks; r < Shape::kOwn; r += kStep)
+      if (T* const to = rows(at + r)) store_pack(to + column, load_pack(tile + tile_offset<T, kDim>(r, chunk)));
+    return;
+  }
+  const int width = min(8, rows.dim - column);
+#pragma unroll 1
   for (int r = threadIdx.x / kChunks; r < Shape::kOwn; r += kStep) {
     T* const to = rows(at + r);
-    if (to == nullptr || column >= rows.dim) continue;
-    const T* const from = tile + tile_offset<T, kDim>(r, chunk);
-    if (rows.aligned) {
-      store_pack(to + column, load_pack(from));
-    } else {
-      for (int i = 0; i < 8 && column + i < rows.dim; ++i) to[column + i] = from[i];
-    }
+#pragma unroll 1
+    for (int i = 0; to != nullptr && i < width; ++i) to[column + i] = tile[tile_offset<T, kDim>(r, chunk) + i];
   }
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     attention_backward_kernel(const AttentionBackward p, const BackwardPlan plan, int tiles) {
   using T = typename S::T;
   constexpr int kDim = S::kDim, kOwn = S::kOwn, kStream = S::kStream, kThreads = S::kThreads;
@@ -326,7 +329,7 @@ __global__ void __launch_bounds__(S::kThreads)
   float* const stats = reinterpret_cast<float*>(shared + S::kElements);  // keys own: of two tiles, lse and delta
 
   const auto [tile, head, b] = block_of_head(tiles, S::kKeys ? p.kv_heads : p.heads);
-  const int group = static_cast<int>(p.heads / p.kv_heads);
+  const int group = group_size(p);
   // First the tiles to which a causal band leaves the most work.
   const int own = (S::kKeys ? tile : tiles - 1 - tile) * kOwn;
   const Sequence sequence = sequence_of(p, b);

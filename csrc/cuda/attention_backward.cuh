@@ -82,6 +82,17 @@ struct BackwardTensors {
   }
 };
 
+// Query heads that share a key/value head; 32 bits, because a GPU divides 64 by a subroutine.
+__device__ inline int group_size(const AttentionBackward& p) {
+  return static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
+}
+
+// The derivative of capped() by its argument, from its result.
+__device__ inline float capped_slope(const AttentionBackward& p, float result) {
+  const float t = result / static_cast<float>(p.softcap);
+  return 1.0f - t * t;
+}
+
 // What a row adds to -dsinks.
 __device__ inline float sink_share(const AttentionBackward& p, int h, float lse, float delta) {
   return expf(p.sinks[h] - lse) * delta;

@@ -236,9 +236,8 @@ __device__ inline void weigh(const AttentionBackward& p, const BackwardPlan& pla
       float score = __fmul_rn(weight, scale), slope = 1.0f;
       if (!plain) {
         if (p.softcap > 0) {
-          const float cap = static_cast<float>(p.softcap);
           score = capped(p, score);
-          slope = 1.0f - score / cap * (score / cap);
+          slope = capped_slope(p, score);
         }
         RowOptions of_row = options;
         of_row.query = i;
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(kThreads)
   float* const weights = gradients + kTile * kPitch;  // P, where keys are owned
 
   const auto [tile, head, b] = block_of_head(tiles, kKeys ? p.kv_heads : p.heads);
-  const int group = static_cast<int>(p.heads / p.kv_heads);
+  const int group = group_size(p);
   const int own = (kKeys ? tile : tiles - 1 - tile) * kTile;  // first those with the most work
   const Sequence sequence = sequence_of(p, b);
   const int own_count = kKeys ? sequence.keys : sequence.queries;
