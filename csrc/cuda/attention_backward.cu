@@ -47,7 +47,7 @@ __device__ inline void fill(T* tile, const Rows<const T>& rows, int at) {
 // key, O is that key's V, and dP - delta is exactly zero.
 template <class T, int kDim>
 __global__ void __launch_bounds__(2 * kDeltaRows)
-    delta_kernel(const AttentionBackward p, const BackwardPlan plan, int blocks) {
+    attention_delta_kernel(const AttentionBackward p, const BackwardPlan plan, int blocks) {
   constexpr int kThreads = 2 * kDeltaRows;  // a warp has 16 rows
   FASTGPT_SHARED_DYNAMIC(T, shared);
   T* const dout = shared;
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(2 * kDeltaRows)
 }
 
 // dsinks of head blockIdx.x: the sum of its partial sums.
-__global__ void __launch_bounds__(256) sink_kernel(const AttentionBackward p, const BackwardPlan plan, int64_t count) {
+__global__ void __launch_bounds__(256)
+    attention_sink_kernel(const AttentionBackward p, const BackwardPlan plan, int64_t count) {
   float sum = 0.0f;
   for (int64_t i = threadIdx.x; i < count; i += 256) sum += plan.sink_shares[blockIdx.x * count + i];
   sum = block_sum<8>(sum);
@@ -442,8 +443,8 @@ Status run_gradient(const AttentionBackward& p, const BackwardPlan& plan, Launch
 
 template <class T, int kDim>
 Status run_all(const AttentionBackward& p, const BackwardPlan& plan, Launch& launch) {
-  Status status = run_blocks<delta_kernel<T, kDim>>(p, plan, launch, ceil_div(p.queries, kDeltaRows), p.heads,
-                                                    2 * kDeltaRows, 2 * kDeltaRows * kDim * sizeof(T));
+  Status status = run_blocks<attention_delta_kernel<T, kDim>>(p, plan, launch, ceil_div(p.queries, kDeltaRows), p.heads,
+                                                              2 * kDeltaRows, 2 * kDeltaRows * kDim * sizeof(T));
   if constexpr (kDim <= 128) {
     if (status.code == Status::ok) status = run_gradient<Shape<T, kDim, Gradient::dkv>>(p, plan, launch);
   } else {
@@ -479,7 +480,7 @@ Status attention_backward(const AttentionBackward& p, Launch& launch) {
     else
       done = run_all<T, 256>(p, plan, launch);
     if (done.code == Status::ok && p.dsinks)
-      done = launch.run<sink_kernel>(static_cast<unsigned>(p.heads), 256, 0, p, plan, shares);
+      done = launch.run<attention_sink_kernel>(static_cast<unsigned>(p.heads), 256, 0, p, plan, shares);
     return done;
   });
   return status;

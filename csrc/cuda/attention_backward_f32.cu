@@ -22,7 +22,7 @@ constexpr int kPitch = kTile + 4;
 // One thread a row, in the very additions that give dP: where a query sees one key, O is that key's V, and dP - delta
 // is exactly zero.
 __global__ void __launch_bounds__(kDeltaRows)
-    delta_kernel(const AttentionBackward p, const BackwardPlan plan, int blocks) {
+    attention_delta_f32_kernel(const AttentionBackward p, const BackwardPlan plan, int blocks) {
   constexpr int kColumns = kChunk + 1;  // rows in different banks
   FASTGPT_SHARED(float, dout, kDeltaRows* kColumns);
   FASTGPT_SHARED(float, out, kDeltaRows* kColumns);
@@ -338,7 +338,7 @@ Status run_all(const AttentionBackward& p, const BackwardPlan& plan, Launch& lau
 
 Status attention_backward_f32(const AttentionBackward& p, const BackwardPlan& plan, Launch& launch) {
   const Status status =
-      run_blocks<delta_kernel>(p, plan, launch, ceil_div(p.queries, kDeltaRows), p.heads, kDeltaRows, 0);
+      run_blocks<attention_delta_f32_kernel>(p, plan, launch, ceil_div(p.queries, kDeltaRows), p.heads, kDeltaRows, 0);
   if (status.code != Status::ok) return status;
   if (p.dim <= 64 && p.value_dim <= 64) return run_all<64>(p, plan, launch);
   return run_all<256>(p, plan, launch);
