@@ -19,7 +19,9 @@ namespace fastgpt {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-// What a kernel says when it returns. `at` and `value` carry the numbers that the error sentence needs.
+// What a kernel says when it returns. `at` and `value` carry the numbers that the error sentence needs. A kernel that
+// still runs when its entry returns (cuda's, and so the emulator's) never says what only the data in device memory
+// show: bad_index, not_finite, empty_support. It writes NaN there, or what its struct says.
 struct Status {
   enum Code : int32_t {
     ok = 0,
@@ -247,7 +249,8 @@ struct SwigluBackward {
 
 // Per row with a target other than ignore_index, of x = logits + bias over C classes and e = label_smoothing:
 //   lse = logsumexp(x),  loss = (1 - e) (lse - x[target]) + e (lse - mean(x)) + z_loss lse^2
-// Other rows give zeros. Also the gradient of scale * loss by x, where dx is given.
+// Other rows give zeros. Also the gradient of scale * loss by x, where dx is given. Where a kernel cannot report a bad
+// target, that row's loss and gradient are NaN.
 struct CrossEntropyForward {
   float* loss;            // [N]
   float* maximum;         // [N] lse = maximum + log(sum_exp)
@@ -257,12 +260,12 @@ struct CrossEntropyForward {
   const void* x;          // [N, C] rows x_stride apart
   const void* bias;       // [C] or null
   const int64_t* target;  // [N] each in [0, C), or ignore_index
+  const double* scale;    // of dx: one number; not read without dx
   int64_t rows, cols, x_stride, dx_stride, ignore_index;
   double label_smoothing, z_loss;
-  double scale;           // of dx
   DType dtype;            // of x, dx and bias
-  FASTGPT_FIELDS(loss, maximum, sum_exp, totals, dx, x, bias, target, rows, cols, x_stride, dx_stride, ignore_index,
-                 label_smoothing, z_loss, scale, dtype)
+  FASTGPT_FIELDS(loss, maximum, sum_exp, totals, dx, x, bias, target, scale, rows, cols, x_stride, dx_stride,
+                 ignore_index, label_smoothing, z_loss, dtype)
 };
 
 // dx = scale * d loss / d x, from the maximum and sum_exp that CrossEntropyForward found.
@@ -301,7 +304,8 @@ struct Sample {
 };
 
 // Turns the pairs of each head's first `rotated` dims by their position's angle: (x1, x2) -> (x1 cos - x2 sin,
-// x2 cos + x1 sin), or by the opposite angle. Dims have unit stride.
+// x2 cos + x1 sin), or by the opposite angle. Dims have unit stride. Where a kernel cannot report a position outside
+// the tables, those rows of y are NaN.
 struct Rotary {
   void* y;                // [B, H, T, D]
   const void* x;          // [B, H, T, D]
@@ -318,7 +322,8 @@ struct Rotary {
                  interleaved, inverse, dtype, table_dtype)
 };
 
-// y[n, t] = weight[token[n, t]] + position_weight[start + t] for N sequences of T tokens.
+// y[n, t] = weight[token[n, t]] + position_weight[start + t] for N sequences of T tokens. Where a kernel cannot report
+// a bad token or position, the row of y is NaN, and the gradients leave it out.
 struct EmbeddingForward {
   void* y;                      // [N, T, C]
   const void* tokens;           // [N, T] int64, or int32 if not wide_tokens
@@ -333,7 +338,7 @@ struct EmbeddingForward {
                  vocabulary, positions, weight_stride, position_stride, wide_tokens, dtype)
 };
 
-// Gradients of EmbeddingForward: each row is the sum over its tokens, in token order.
+// Gradients of EmbeddingForward: each row is the sum over its tokens, in an order that depends on the tokens alone.
 struct EmbeddingBackward {
   void* dweight;                // [V, C] or null
   void* dposition_weight;       // [positions, C] or null

@@ -126,7 +126,7 @@ Status forward(const CrossEntropyForward& p) {
       p.loss[row] = static_cast<float>(loss);
       p.maximum[row] = s.maximum;
       p.sum_exp[row] = static_cast<float>(s.sum_exp);
-      if (dx) gradient_row(p, dx, x, target, s.maximum, s.sum_exp, p.scale);
+      if (dx) gradient_row(p, dx, x, target, s.maximum, s.sum_exp, *p.scale);
     }
   });
   for (int64_t row = 0; row < p.rows; ++row) {

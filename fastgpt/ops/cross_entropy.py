@@ -67,7 +67,8 @@ def cross_entropy(
         count is NaN, with zero gradients, as in torch.
 
     Raises:
-        IndexError: a target outside [0, C) that is not ``ignore_index``; names the row and the value.
+        IndexError: a target outside [0, C) that is not ``ignore_index``; names the row and the value. On a GPU the
+            caller would have to wait for the kernel to learn of it: there the row's loss and gradient are NaN.
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
@@ -204,7 +205,7 @@ def _native(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            scale=0.0,
+            scale=None,
             dtype=DTYPES[x.dtype],
         )
     except IndexError:

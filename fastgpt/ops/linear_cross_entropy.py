@@ -66,7 +66,7 @@ def linear_cross_entropy(
             or class probabilities of the logits' shape.
         linear_bias: linear_weight's shape without in_features.
         weight, reduction, label_smoothing, z_loss: as in ``fastgpt.ops.cross_entropy``.
-        ignore_index: None is -100. The fused kernel skips the rows it ignores: they cost nothing.
+        ignore_index: None is -100. On the CPU the rows it ignores are skipped: they cost nothing.
         options: torch.nn.LinearCrossEntropyOptions, torch's own chunking strategy. It changes no result and is not
             consulted here: the fused kernel always works in chunks, of its own choice.
         backend: see ``fastgpt.ops``.
@@ -75,7 +75,8 @@ def linear_cross_entropy(
         A scalar, or with reduction="none" one loss per target, in input's dtype.
 
     Raises:
-        IndexError: a target outside [0, C) that is not ``ignore_index``; names the row and the value.
+        IndexError: a target outside [0, C) that is not ``ignore_index``; names the row and the value. On a GPU the
+            row's loss and gradient are NaN instead, as of ``fastgpt.ops.cross_entropy``.
     """
     op = "linear_cross_entropy"
     check_options(op, reduction, label_smoothing, z_loss)
@@ -242,6 +243,11 @@ def _empty_gradients(x: Tensor, w: Tensor, b: Tensor | None, wanted: list[bool])
 
 # Logits in memory at a time. Less makes the GEMMs read linear_weight more often, more gains nothing.
 CHUNK_BYTES = 32 << 20
+# On a GPU more rows: a chunk of 32 MiB reads and writes dw about as long as its GEMMs compute.
+CHUNK_BYTES_ON_GPU = 256 << 20
+# A GPU's GEMMs are at their best where rows start at multiples of 128 bytes: elements that the logits' rows are padded
+# to there.
+ROW_ELEMENTS_ON_GPU = 64
 # dw in half precision is a sum of one product per chunk, and each addition rounds. So many are added in place, which
 # stays within the error budget; the sums of more are added up in float32, at 4 bytes for each element of linear_weight.
 CHUNKS_IN_PLACE = 4
@@ -249,10 +255,12 @@ CHUNKS_IN_PLACE = 4
 CLASS_BLOCK = 4096
 
 
-def _chunks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The logits x @ w.T, some rows at a time, all in the same memory."""
-    rows = chunk_rows(x.shape[0], w)
-    buffer = with_huge_pages(x.new_empty(rows, w.shape[0]))
+def _chunks(x: Tensor, w: Tensor, padded: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The logits x @ w.T, some rows at a time, all in the same memory; rows are ``logits.stride(0)`` apart."""
+    rows, stride = chunk_rows(x.shape[0], w), w.shape[0]
+    if padded:
+        stride = math.ceil(stride / ROW_ELEMENTS_ON_GPU) * ROW_ELEMENTS_ON_GPU
+    buffer = with_huge_pages(x.new_empty(rows, stride))[:, : w.shape[0]]
     for start in range(0, x.shape[0], rows or 1):
         chunk = slice(start, min(start + rows, x.shape[0]))
         logits = buffer[: chunk.stop - start]
@@ -261,8 +269,9 @@ def _chunks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def chunk_rows(rows: int, w: Tensor) -> int:
-    """Rows in each chunk: as many as CHUNK_BYTES allow, evenly spread."""
-    most = max(CHUNK_BYTES // (w.shape[0] * w.element_size()), 1)
+    """Rows in each chunk: as many as its bytes allow, evenly spread."""
+    chunk_bytes = CHUNK_BYTES_ON_GPU if w.is_cuda else CHUNK_BYTES
+    most = max(chunk_bytes // (w.shape[0] * w.element_size()), 1)
     return math.ceil(rows / math.ceil(rows / most)) if rows else 0
 
 
@@ -306,12 +315,16 @@ class _Gradients:
 
 
 class _CountingRows:
-    """The rows whose target is not ignore_index: the others are left out of every GEMM and put back as zeros."""
+    """The rows whose target is not ignore_index: the others are left out of every GEMM and put back as zeros.
 
-    def __init__(self, target: Tensor, ignore_index: int) -> None:
-        self.rows = target.shape[0]
-        index = (target != ignore_index).nonzero()[:, 0]
-        self.index = index if index.numel() < self.rows else None
+    ``everything``: no row is left out. How many there are cannot be known without waiting for a GPU.
+    """
+
+    def __init__(self, target: Tensor, ignore_index: int, everything: bool) -> None:
+        self.rows, self.index = target.shape[0], None
+        if not everything:
+            index = (target != ignore_index).nonzero()[:, 0]
+            self.index = index if index.numel() < self.rows else None
 
     def select(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous() if self.index is None else tensor[self.index]
@@ -335,13 +348,18 @@ def _run(
     wanted: list[bool] | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
     """(loss, maximum, sum_exp, total), and where gradients are ``wanted``, those of the reduced loss."""
-    check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
-    counting = _CountingRows(target, ignore_index)
+    asynchronous = native.asynchronous(kernels)
+    if not asynchronous:
+        check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
+    counting = _CountingRows(target, ignore_index, everything=asynchronous)
     x, target, b = counting.select(x), counting.select(target), None if b is None else b.contiguous()
     loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
     totals = x.new_zeros(2, dtype=torch.float64)
     gradients = None if wanted is None else _Gradients(x, w, b, wanted)
-    for chunk, logits in _chunks(x, w):
+    scale = torch.ones_like(totals[0])
+    if reduction == "mean":
+        scale /= (target != ignore_index).sum()
+    for chunk, logits in _chunks(x, w, padded=asynchronous):
         kernels.cross_entropy_forward(
             loss=pointer(loss[chunk]),
             maximum=pointer(maximum[chunk]),
@@ -353,12 +371,12 @@ def _run(
             target=pointer(target[chunk]),
             rows=logits.shape[0],
             cols=logits.shape[1],
-            x_stride=logits.shape[1],
-            dx_stride=logits.shape[1],
+            x_stride=logits.stride(0),
+            dx_stride=logits.stride(0),
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            scale=1 / x.shape[0] if reduction == "mean" else 1.0,
+            scale=pointer(scale),
             dtype=DTYPES[x.dtype],
         )
         if gradients is not None:
@@ -418,12 +436,13 @@ def _native_backward(
     z_loss: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    counting = _CountingRows(target, ignore_index)
+    asynchronous = native.asynchronous(kernels)
+    counting = _CountingRows(target, ignore_index, everything=asynchronous)
     x, target, b = counting.select(x), counting.select(target), None if b is None else b.contiguous()
     scale = counting.select(row_scale(dloss, total, reduction).expand(counting.rows))
     maximum, sum_exp = counting.select(maximum), counting.select(sum_exp)
     gradients = _Gradients(x, w, b, wanted)
-    for chunk, logits in _chunks(x, w):
+    for chunk, logits in _chunks(x, w, padded=asynchronous):
         kernels.cross_entropy_backward(
             dx=pointer(logits),
             scale=pointer(scale[chunk]),
@@ -434,8 +453,8 @@ def _native_backward(
             target=pointer(target[chunk]),
             rows=logits.shape[0],
             cols=logits.shape[1],
-            x_stride=logits.shape[1],
-            dx_stride=logits.shape[1],
+            x_stride=logits.stride(0),
+            dx_stride=logits.stride(0),
             scale_stride=1,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,

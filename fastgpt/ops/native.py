@@ -175,6 +175,12 @@ def _run_simt(function: Callable[..., Any], *args: Any) -> Any:
         _simt_checked.clear_regions()
 
 
+def asynchronous(kernels: Kernels) -> bool:
+    """Whether a kernel may still run when its call returns. What it finds in the data then raises no error: it shows in
+    the result, as NaN. So too on the emulator, which does what CUDA does."""
+    return kernels is not _C.cpu
+
+
 def backends(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The native backends of an operator, for ``registry.define``.
 
