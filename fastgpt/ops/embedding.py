@@ -51,7 +51,9 @@ def embedding(
         (*input.shape, C) of weight's dtype.
 
     Raises:
-        IndexError: a token outside the vocabulary, or a position outside ``position_weight``.
+        IndexError: a token outside the vocabulary, or a position outside ``position_weight``. On a GPU the caller would
+            have to wait for the kernel to learn of one in a tensor: there that row of the result is NaN, and the
+            gradients leave it out. (An int ``position_offset`` is checked everywhere.)
         TypeError, ValueError: a dtype, device or shape that does not fit.
     """
     checks.floating("embedding", "weight", weight)
@@ -231,8 +233,12 @@ def _native(
 ) -> Tensor:
     vocabulary, width = weight.shape
     y = weight.new_empty(*input.shape, width)
-    if not y.numel():
-        return reference(input, weight, position_weight, starts, start, padding, scale_grad_by_freq)
+    if not y.numel():  # there may still be tokens to check
+        return (
+            y
+            if native.asynchronous(kernels)
+            else reference(input, weight, position_weight, starts, start, padding, scale_grad_by_freq)
+        )
     input = input.contiguous()
     starts = None if starts is None else starts.contiguous()
     weight, weight_stride = as_rows(weight)

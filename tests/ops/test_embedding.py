@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
+from fastgpt import ops
 from tests.ops import harness
-from tests.ops.harness import ops
 
 BACKENDS = harness.backends("embedding")
 # (input's shape, V, C, P)
@@ -113,11 +113,11 @@ def test_extreme_scales(scale, backend):
     harness.check(runner(), tensors, torch.float32, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_low_precision_gradients_are_summed_in_float32(backend):
+def test_low_precision_gradients_are_summed_in_float32():
     tokens, weight = torch.zeros(4096, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
-    (gradient,) = torch.autograd.grad(ops.embedding(tokens, weight, backend=backend).sum(), weight)
-    assert torch.equal(gradient[0], torch.full((8,), 4096, dtype=torch.bfloat16)), backend
+    for backend in BACKENDS:
+        (gradient,) = torch.autograd.grad(ops.embedding(tokens, weight, backend=backend).sum(), weight)
+        assert torch.equal(gradient[0], torch.full((8,), 4096, dtype=torch.bfloat16)), backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -240,7 +240,7 @@ def test_errors_name_the_argument(change, error, message):
         ops.embedding(**{"input": TOKENS, "weight": WEIGHT, **change})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", harness.SYNCHRONOUS)
 @pytest.mark.parametrize("index", [torch.int64, torch.int32])
 def test_indices_out_of_range(index, backend):
     tokens = TOKENS.to(index)
@@ -253,6 +253,34 @@ def test_indices_out_of_range(index, backend):
     options = {"position_weight": POSITIONS, "position_offset": torch.tensor([1, 2]), "backend": backend}
     with pytest.raises(IndexError, match=r"position_offset\[1\]=2 asks for positions 2 to 4; position_weight has"):
         ops.embedding(tokens, WEIGHT, **options)
+
+
+@pytest.mark.parametrize("backend", harness.asynchronous_backends("embedding"))
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_indices_out_of_range_are_nan_where_no_error_can_be_raised(index, backend):
+    """In the result; the gradients leave them out."""
+    for bad in (5, -1, 2**31 - 1, *([2**32 + 1, -(2**63), 2**63 - 1] if index == torch.int64 else [])):
+        tokens = TOKENS.to(index).masked_fill(TOKENS == 4, bad)
+        weight, position = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+        offsets = torch.tensor([0, 2])  # positions 2, 3 and 4, of which the last is out of range
+        y = ops.embedding(tokens, weight, position_weight=position, position_offset=offsets, backend=backend)
+        wrong = torch.tensor([[False, False, True], [False, False, True]])
+        assert torch.equal(y.isnan().all(-1), wrong)
+        assert y[~wrong].isfinite().all()
+        upstream = torch.randn(2, 3, 6)
+        dweight, dposition = torch.autograd.grad(y, (weight, position), upstream)
+        expected = torch.zeros(5, 6).index_add_(
+            0, tokens.flatten()[[0, 1, 3, 4, 5]].long(), upstream.flatten(0, 1)[[0, 1, 3, 4, 5]]
+        )
+        torch.testing.assert_close(dweight, expected)
+        at = torch.tensor([0, 1, 2, 2, 3])
+        torch.testing.assert_close(dposition, torch.zeros(4, 6).index_add_(0, at, upstream.flatten(0, 1)[:5]))
+    for far in (-1, 4, 2**63 - 1, -(2**63)):
+        offsets = torch.tensor([0, far])
+        y = ops.embedding(TOKENS, WEIGHT, position_weight=POSITIONS, position_offset=offsets, backend=backend)
+        assert y[0].isfinite().all()
+        assert y[1, 1:].isnan().all() or far == -1
+        assert y[1].isnan().all()
 
 
 @settings(max_examples=60, deadline=None)
