@@ -44,7 +44,8 @@ def rotary(
         A contiguous tensor of input's shape and dtype. (The gradient comes back in the memory order of ``input``.)
 
     Raises:
-        IndexError: a position outside the tables.
+        IndexError: a position outside the tables. On a GPU the caller would have to wait for the kernel to learn of one
+            from a tensor of offsets: there those rows of the result are NaN. (An int is checked everywhere.)
         TypeError, ValueError: a dtype, device or shape that does not fit, or tables that require grad.
     """
     checks.floating("rotary", "input", input)

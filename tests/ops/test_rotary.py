@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
+from fastgpt import ops
 from tests.ops import harness
-from tests.ops.harness import ops
 
 BACKENDS = harness.backends("rotary")
 # (B, H, T, D, R)
@@ -250,7 +250,21 @@ def test_errors_name_the_argument(change, error, message):
         ops.rotary(**{"input": X, "cos": TABLE, "sin": TABLE, **change})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", harness.asynchronous_backends("rotary"))
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_positions_outside_the_tables_are_nan_where_no_error_can_be_raised(interleaved, backend):
+    cos, sin = ops.rotary_tables(9, 8)
+    x = torch.randn(4, 3, 5, 8)
+    offsets = torch.tensor([4, 7, 2**63 - 1, -1])
+    y = ops.rotary(x, cos, sin, offsets=offsets, interleaved=interleaved, backend=backend)
+    expected = ops.rotary(x[:1], cos, sin, offsets=4, interleaved=interleaved, backend=backend)
+    assert torch.equal(y[:1], expected)
+    assert y[1, :, :2].isfinite().all()  # positions 7 and 8
+    assert y[1, :, 2:].isnan().all()
+    assert y[2:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", harness.SYNCHRONOUS)
 def test_positions_outside_the_tables(backend):
     with pytest.raises(IndexError, match=r"offsets\[1\]=7 asks for positions 7 to 11; cos has positions 0 to 8"):
         ops.rotary(X, TABLE, TABLE, offsets=torch.tensor([4, 7]), backend=backend)

@@ -123,6 +123,14 @@ def _() -> None:
     _backward(ops.embedding(tokens, _randn(50, 33), position_weight=_randn(20, 33), position_offset=2, backend="simt"))
 
 
+@call("embedding: float16, misaligned, one token far more often than 128 times, an offset for each row")
+def _() -> None:
+    tokens = torch.where(torch.rand(4, 150) < 0.8, 7, torch.randint(300, (4, 150)))
+    weight, position = _shifted(_randn(300, 16, dtype=torch.float16)), _randn(160, 16, dtype=torch.float16)
+    offsets = torch.tensor([0, 3, 10, 7])
+    _backward(ops.embedding(tokens, weight, position_weight=position, position_offset=offsets, backend="simt"))
+
+
 @call("embedding: bfloat16, repeated tokens, padding, scaled")
 def _() -> None:
     tokens = torch.randint(4, (2, 150), dtype=torch.int32)
@@ -146,6 +154,12 @@ _losses(torch.float32, 5, 123, False, label_smoothing=0.1, z_loss=1e-3)
 _losses(torch.bfloat16, 4, 2048, False)
 _losses(torch.float16, 3, 1025, True, reduction="none")
 _losses(torch.float32, 3, 1, False, reduction="sum")
+
+
+@call("cross_entropy: bfloat16, rows of many classes, a target out of range")
+def _() -> None:
+    target = torch.tensor([3, 9000, 8999])
+    _backward(ops.cross_entropy(_randn(3, 9000, dtype=torch.bfloat16), target, backend="simt"))
 
 
 @call("linear_cross_entropy: bfloat16")
@@ -180,7 +194,8 @@ def _adamw(what: str, param: torch.dtype, grad: torch.dtype, sizes: list[int], m
 
 _adamw("float32, clipped", torch.float32, torch.float32, [5, 1024, 1, 333], False, max_norm=1.0)
 _adamw("bfloat16 with masters", torch.bfloat16, torch.bfloat16, [70, 9], True)
-_adamw("float32 with bfloat16 gradients", torch.float32, torch.bfloat16, [40, 128], False, grad_scale=2.0)
+_adamw("bfloat16 with float32 gradients", torch.bfloat16, torch.float32, [40, 8300], False, grad_scale=2.0)
+_adamw("float16, a norm given", torch.float16, torch.float16, [41], True, max_norm=1.0, total_norm=torch.tensor(3.0))
 _adamw("hundreds of tensors", torch.float32, torch.float32, [3] * 300, False, max_norm=0.5)
 
 
@@ -273,84 +288,3 @@ _kvcache(torch.bfloat16, True, 1)
 _kvcache(torch.bfloat16, False, 3)
 _kvcache(torch.float32, True, 2)
 _kvcache(torch.float32, False, 1)
-
-
-# --- sizes at which a kernel should move what it needs and no more ---
-
-ALIGNED: dict[str, Call] = {}  # for the budget of access quality (access.py)
-
-
-def aligned(name: str) -> Callable[[Call], Call]:
-    def add(function: Call) -> Call:
-        ALIGNED[name] = function
-        return function
-
-    return add
-
-
-@aligned("layer_norm")
-def _() -> None:
-    for width in (1024, 8192):
-        x, weight, bias, residual = (
-            _randn(*s, dtype=torch.bfloat16) for s in ((8, width), (width,), (width,), (8, width))
-        )
-        _backward(*ops.layer_norm(x, (width,), weight, bias, residual=residual, backend="simt"))
-
-
-@aligned("rms_norm")
-def _() -> None:
-    for width in (1024, 8192):
-        x, weight, residual = (_randn(*s, dtype=torch.bfloat16) for s in ((8, width), (width,), (8, width)))
-        _backward(*ops.rms_norm(x, (width,), weight, residual=residual, backend="simt"))
-
-
-@aligned("gelu")
-def _() -> None:
-    _backward(
-        ops.gelu(_randn(32, 512, dtype=torch.bfloat16), "tanh", bias=_randn(512, dtype=torch.bfloat16), backend="simt")
-    )
-
-
-@aligned("swiglu")
-def _() -> None:
-    _backward(ops.swiglu(_randn(8, 512, dtype=torch.bfloat16), _randn(8, 512, dtype=torch.bfloat16), backend="simt"))
-
-
-@aligned("rotary")
-def _() -> None:
-    cos, sin = ops.rotary_tables(16, 64, dtype=torch.bfloat16)
-    _backward(ops.rotary(_randn(2, 4, 16, 64, dtype=torch.bfloat16), cos, sin, backend="simt"))
-
-
-@aligned("embedding")
-def _() -> None:
-    tokens = torch.randint(64, (2, 64))
-    weight, position = _randn(64, 256, dtype=torch.bfloat16), _randn(64, 256, dtype=torch.bfloat16)
-    _backward(ops.embedding(tokens, weight, position_weight=position, backend="simt"))
-
-
-@aligned("cross_entropy")
-def _() -> None:
-    _backward(ops.cross_entropy(_randn(4, 8192, dtype=torch.bfloat16), torch.randint(8192, (4,)), backend="simt"))
-
-
-@aligned("adamw")
-def _() -> None:
-    params, grads = ([_randn(4096, dtype=torch.bfloat16, grad=False)] for _ in range(2))
-    state = [torch.zeros(4096)], [torch.zeros(4096)]
-    ops.adamw(params, grads, *state, step=1, lr=0.1, max_norm=1.0, master_params=[params[0].float()], backend="simt")
-
-
-@aligned("sample")
-def _() -> None:
-    logits = _randn(2, 8192, dtype=torch.bfloat16, grad=False)
-    ops.sample(logits, top_k=50, top_p=0.9, seed=1, backend="simt")
-
-
-@aligned("attention")
-def _() -> None:
-    for dtype, length in ((torch.bfloat16, 256), (torch.float32, 128)):
-        q, k, v = (_randn(1, 2, length, 64, dtype=dtype) for _ in range(3))
-        _backward(ops.attention(q, k, v, is_causal=True, backend="simt"))
-        with torch.no_grad():
-            ops.attention(q[:, :, :1], k, v, backend="simt")
