@@ -1,8 +1,12 @@
+import itertools
 import os
+import zlib
 
 import hypothesis
 import pytest
 import torch
+
+from fastgpt.ops import native
 
 hypothesis.settings.register_profile("fastgpt", deadline=None)  # tests do not time
 hypothesis.settings.load_profile("fastgpt")
@@ -12,6 +16,43 @@ def pytest_configure(config):
     # One test process per core (pytest-xdist): thread pools that spin against each other would take minutes.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        if not native._C.cuda.compiled:
+            pytest.skip("CUDA is not in this build")
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU")
+
+
+# --- the emulator's schedule: in which order threads and blocks run, and when asynchronous copies arrive ---
+
+SCHEDULES = [
+    {"order": order, "seed": seed, "lazy_copies": lazy}
+    for (order, seed), lazy in itertools.product([("forward", 0), ("reverse", 0), ("random", 1)], (False, True))
+]
+
+
+def _schedule(request, schedule):
+    for emulator in filter(None, (native._simt, native._simt_checked)):
+        emulator.configure(**schedule)
+    if native._simt is not None:
+        request.node.add_report_section("call", "schedule of the emulator", str(schedule))
+
+
+@pytest.fixture(autouse=True)
+def own_schedule(request):
+    """Each test has a schedule of its own, always the same one; a failure's report says which."""
+    chosen = zlib.crc32(request.node.nodeid.encode())
+    _schedule(request, {**SCHEDULES[chosen % len(SCHEDULES)], "seed": chosen})
+
+
+@pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s['order']}-{'lazy' if s['lazy_copies'] else 'eager'}")
+def every_schedule(request, own_schedule):
+    """Runs a test once under each kind of schedule."""
+    _schedule(request, request.param)
+    return request.param
 
 
 @pytest.fixture

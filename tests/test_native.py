@@ -1,5 +1,6 @@
 """The native core: it knows no torch, each instruction-set level stands alone, and its door refuses wrong arguments."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgpt.ops import native
 from fastgpt.ops.native import _C
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,8 +65,6 @@ def test_unknown_isa_is_refused():
 
 
 def test_isa_that_the_machine_lacks_is_refused(monkeypatch):
-    from fastgpt.ops import native
-
     class Old:
         def set_isa(self, name):
             return name == "baseline"
@@ -113,6 +113,89 @@ def test_fields_are_checked():
         _C.cpu.layer_norm_forward(**{**fields, "rows": "many"})
     with pytest.raises(TypeError, match="no kernel for dtype code 9"):
         _C.cpu.layer_norm_forward(**{**fields, "dtype": 9})
+
+
+class Emulator:
+    """Stands for fastgpt._simt: one kernel, which fills its workspace and says what it was given."""
+
+    def double(self, y, x, stream, allocate):
+        assert stream == 0
+        ctypes.memset(allocate(1 << 20), 7, 1 << 20)
+        ctypes.memset(allocate(64), 8, 64)  # the first is still there
+        ctypes.c_float.from_address(y).value = 2 * ctypes.c_float.from_address(x).value
+
+
+def double(kernels, x):
+    y = torch.empty(())
+    kernels.double(y=native.pointer(y), x=native.pointer(x))
+    return y
+
+
+def use_emulator(monkeypatch, emulator, checked=None):
+    for name, module in (("_simt", emulator), ("_simt_checked", checked)):
+        monkeypatch.setattr(native, name, module)
+    monkeypatch.setattr(native, "_simt_kernels", native._DeviceKernels("simt", emulator, "cpu", lambda: 0))
+    monkeypatch.setattr(native, "_checked_kernels", native._DeviceKernels("simt", checked, "cpu", lambda: 0))
+
+
+def test_device_kernels_get_a_stream_and_workspace(monkeypatch):
+    use_emulator(monkeypatch, Emulator())
+    run = native.backends(double)["simt"]
+    assert [run(torch.tensor(x)).item() for x in (1.5, 4.0)] == [3.0, 8.0]
+    with pytest.raises(NotImplementedError, match=r"treble: this build has no kernel of that name for backend='simt'"):
+        native.backends(lambda kernels, x: kernels.treble(x=1))["simt"](torch.tensor(1.0))
+
+
+def test_an_emulator_that_was_not_built_is_named(monkeypatch):
+    use_emulator(monkeypatch, None)
+    assert native.missing("simt", "gelu") == "the emulator is not in this build: build with FASTGPT_SIMT=on"
+    with pytest.raises(NotImplementedError, match=r"backend='simt': the emulator .* build with FASTGPT_SIMT=on"):
+        native.backends(double)["simt"](torch.tensor(1.0))
+    with pytest.raises(NotImplementedError, match=r"checked_simt: the emulator .* build with FASTGPT_SIMT=on"):
+        native.checked_simt().__enter__()
+
+
+@pytest.mark.skipif(_C.cuda.compiled, reason="this build has CUDA")
+def test_cuda_that_was_not_built_is_named():
+    assert not native.has_kernel("cuda", "gelu")
+    with pytest.raises(NotImplementedError, match="backend='cuda': CUDA is not in this build"):
+        native.backends(double)["cuda"](torch.tensor(1.0))
+
+
+def test_an_operator_needs_all_of_its_kernels(monkeypatch):
+    has = type("Emulator", (), dict.fromkeys(("adamw", "cross_entropy_forward", "cross_entropy_backward"), print))()
+    monkeypatch.setattr(native, "_simt", has)
+    assert native.missing("simt", "adamw") == "there is no CUDA kernel grad_norm"
+    assert native.missing("simt", "gelu") == "there is no CUDA kernel gelu_forward or gelu_backward"
+    assert native.has_kernel("simt", "cross_entropy")
+    assert native.has_kernel("simt", "linear_cross_entropy")
+    assert native.has_kernel("cpu", "adamw")
+
+
+def test_the_checker_knows_the_extent_of_every_tensor(monkeypatch):
+    calls = []
+
+    class Checker(Emulator):
+        def register_region(self, address, bytes):
+            calls.append((address, bytes))
+
+        def clear_regions(self):
+            calls.append("clear")
+
+    use_emulator(monkeypatch, Emulator(), Checker())
+    x = torch.arange(24.0).view(4, 6)[1:, 1:3]
+    run = native.backends(double)["simt"]
+    run(x)
+    assert not calls
+    with native.checked_simt():
+        assert run(x).item() == 14.0
+    assert calls[1] == (x.data_ptr(), 4 * (2 * 6 + 1 + 1))
+    assert [c if c == "clear" else c[1] for c in calls] == [4, 56, 1 << 20, 64, "clear"]
+    with native.checked_simt():
+        run(torch.tensor(1.0))
+    assert calls.count("clear") == 2
+    run(x)
+    assert calls.count("clear") == 2
 
 
 @pytest.mark.slow

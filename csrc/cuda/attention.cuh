@@ -130,10 +130,10 @@ __device__ inline float score_bias(const Params& p, const Band& band, const RowO
   return bias;
 }
 
-// The weights that dropout keeps are multiplied by this. (Where it drops all, none is kept.)
+// The weights that dropout keeps are multiplied by this: 1 without dropout, 0 where all are dropped.
 template <class Params>
 __device__ inline float dropout_scale(const Params& p) {
-  return 65536.0f / static_cast<float>(65536 - p.dropout_threshold);
+  return p.dropout_threshold < 65536 ? 65536.0f / static_cast<float>(65536 - p.dropout_threshold) : 0.0f;
 }
 // The random word that decides on keys 8 block + 2 pair (its low half) and 8 block + 2 pair + 1 (its high half): those
 // of one lane of an accumulator whose columns are keys.
@@ -171,17 +171,18 @@ inline bool rows_aligned(const void* x, const int64_t (&strides)[3], int64_t dim
          dim % kUnit == 0;
 }
 
-// Fills a tile: row r from source(r), `dim` elements and then zeros; zeros where source(r) is null. With `aligned`
-// (rows_aligned) by cp.async, which the caller commits and waits for; else by plain accesses. `anywhere` is an address
-// that can be read. Either way the tile is there after the barrier that follows the wait.
-template <int kRows, int kCols, int kThreads, class T, class Source>
+// Fills a tile, by the kThreads of the block or by a warp: row r from source(r), `dim` elements and then zeros; zeros
+// where source(r) is null. With `aligned` (rows_aligned) by cp.async, which the caller commits and waits for; else by
+// plain accesses. `anywhere` is an address that can be read. Either way the tile is there after the barrier that
+// follows the wait. kUnroll rows a thread at once: few where source() is long.
+template <int kRows, int kCols, int kThreads, int kUnroll = 64, class T, class Source>
 __device__ inline void load_tile(T* tile, const T* anywhere, int dim, bool aligned, Source source) {
   constexpr int kChunks = kCols / kPack<T>, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+  const int thread = threadIdx.x % kThreads, chunk = thread % kChunks, first = thread / kChunks;
   const int column = chunk * kPack<T>;
   if (aligned) {
-#pragma unroll
+#pragma unroll kUnroll
     for (int r = 0; r < kRows; r += kStep) {
       const T* row = source(first + r);
       const bool valid = row != nullptr && column < dim;
@@ -199,6 +200,20 @@ __device__ inline void load_tile(T* tile, const T* anywhere, int dim, bool align
     Pack<T> pack;
     pack.from_floats(values);
     store_pack(tile + tile_offset<T, kCols>(first + r, chunk), pack);
+  }
+}
+
+// The same for aligned rows that lie `stride` apart, of which the first `count` are there: fewer addresses to hold.
+template <int kRows, int kCols, int kThreads, class T>
+__device__ inline void load_rows(T* tile, const T* rows, int64_t stride, int count, int dim) {
+  constexpr int kChunks = kCols / kPack<T>, kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
+  const int thread = threadIdx.x % kThreads, chunk = thread % kChunks, first = thread / kChunks;
+  const T* const from = rows + first * stride + chunk * kPack<T>;
+#pragma unroll
+  for (int r = 0; r < kRows; r += kStep) {
+    const bool valid = first + r < count && chunk * kPack<T> < dim;
+    ptx::cp_async_16(tile + tile_offset<T, kCols>(first + r, chunk), valid ? from + r * stride : rows, valid);
   }
 }
 

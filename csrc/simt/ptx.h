@@ -64,7 +64,7 @@ struct LoadMatrix {
 // Lane 8 m + i gives the address of row i of matrix m; register m of lane 4 g + t gets elements 2t and 2t + 1 of row g
 // of matrix m, or, transposed, of column g.
 template <int kMatrices, bool kTranspose>
-void ldmatrix_complete(void* const* arguments, uint32_t here) {
+SIMT_UNSEEN void ldmatrix_complete(void* const* arguments, uint32_t here) {
   if (here != kFullMask) fail("ldmatrix needs all 32 lanes of the warp");
   for (int m = 0; m < kMatrices; ++m) {
     uint16_t matrix[8][8];

@@ -1,16 +1,22 @@
 """What every operator's suite shares: the error budget, memory layouts, and the checks of the registration.
 
 The budget is ``fastgpt.ops.accuracy``'s: at most twice plain torch's error in the same dtype, plus one rounding.
+
+Tests make their tensors on the CPU and call the operators through ``harness.ops``, which carries the tensors to where
+the backend wants them and its results back. So one test serves every backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import fastgpt
 from fastgpt.ops import native
 from fastgpt.ops.accuracy import error_and_budget
 
@@ -18,9 +24,93 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Function = Callable[..., Any]  # run(backend, **tensors) -> Tensor or tuple of Tensors
 
 
-def backends(op: str) -> tuple[str, ...]:
-    """The backends of ``op`` that run here; each must meet the same budget."""
-    return ("reference", "cpu", "simt") if native.has_kernel("simt", op) else ("reference", "cpu")
+def backends(op: str) -> list[Any]:
+    """The backends of ``op``, for pytest.mark.parametrize; each must meet the same budget."""
+    emulated = ["simt"] if native.has_kernel("simt", op) else []
+    return ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu), *emulated]
+
+
+def backends_here(op: str) -> list[str]:
+    """The names of those that run on this machine, for tests that compare them with each other."""
+    here = ["reference", *(b for b in ("cpu", "cuda", "simt") if native.has_kernel(b, op))]
+    return [b for b in here if b != "cuda" or torch.cuda.is_available()]
+
+
+# --- devices ---
+
+
+def device(backend: str | None) -> torch.device:
+    """Where a backend wants its tensors. The reference and torch run anywhere: on the CPU, then."""
+    return torch.device(native.DEVICE_TYPES.get(backend or "", "cpu"))
+
+
+def copy_of(tensor: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """A copy with the same strides, as far from the start of its memory as ``tensor`` is from its own."""
+    tensor = tensor.detach()
+    memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    memory = memory.to(device or tensor.device, dtype or tensor.dtype, copy=True)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class _Carry(torch.autograd.Function):
+    """``copy_of`` with a gradient, which goes the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
+        ctx.device = tensor.device
+        return copy_of(tensor, device=device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.device), None
+
+
+def carried(value: Any, device: torch.device, pairs: list[tuple[Tensor, Tensor]] | None = None) -> Any:
+    """``value``, with a copy on ``device`` of every tensor in it; ``pairs`` receives (tensor, its copy)."""
+    if isinstance(value, Tensor):
+        copy = _Carry.apply(value, device)
+        if pairs is not None:
+            pairs.append((value, copy))
+        return copy
+    if isinstance(value, (list, tuple)):
+        return type(value)(carried(v, device, pairs) for v in value)
+    if isinstance(value, dict):
+        return {k: carried(v, device, pairs) for k, v in value.items()}
+    return value
+
+
+def call_there(function: Function, there: torch.device, *args: Any, **options: Any) -> Any:
+    """``function`` with all tensors on the device ``there``; results, gradients and what changed in place come back."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    args, options = carried(args, there, pairs), carried(options, there, pairs)
+    before = [copy._version for _, copy in pairs]
+    results = carried(function(*args, **options), torch.device("cpu"))
+    with torch.no_grad():
+        for (original, copy), version in zip(pairs, before, strict=True):
+            if copy._version != version:
+                original.copy_(copy)
+    return results
+
+
+def _everywhere(function: Function) -> Function:
+    def call(*args: Any, **options: Any) -> Any:
+        there = device(options.get("backend"))
+        return function(*args, **options) if there.type == "cpu" else call_there(function, there, *args, **options)
+
+    return call
+
+
+# fastgpt.ops for tensors on the CPU, whatever the backend's device.
+ops = SimpleNamespace(**{name: _everywhere(getattr(fastgpt.ops, name)) for name in fastgpt.ops.__all__})
+
+
+def raw(op: str, *arguments: Any) -> Any:
+    """``torch.ops.fastgpt.op``, whose last argument is the backend, for tensors on the CPU."""
+    function, there = getattr(torch.ops.fastgpt, op), device(arguments[-1])
+    return function(*arguments) if there.type == "cpu" else call_there(function, there, *arguments)
+
+
+# --- the budget ---
 
 
 # Backends that look at the data before they return: a bad index is an IndexError of theirs.
@@ -37,11 +127,12 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating tensors in ``dtype``, as leaves that want gradients where the original did; the rest untouched."""
+    """Floating tensors in ``dtype``, as leaves that want gradients where the original did; the rest untouched.
+
+    Views keep their strides and their alignment.
+    """
     return {
-        name: t.detach().to(dtype).clone(memory_format=torch.preserve_format).requires_grad_(t.requires_grad)
-        if t.is_floating_point()
-        else t
+        name: copy_of(t, dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for name, t in tensors.items()
     }
 
@@ -121,6 +212,13 @@ def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def opcheck(op: str, arguments: tuple[Any, ...]) -> None:
     """torch's own checks of the schema, the autograd registration, the fake and AOT dispatch of ``fastgpt::op``."""
+    there = device(arguments[-1])
+    if there.type != "cpu":
+        pairs: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            arguments = carried(arguments, there, pairs)
+        for original, copy in pairs:
+            copy.requires_grad_(original.requires_grad)
     torch.library.opcheck(getattr(torch.ops.fastgpt, op).default, arguments)
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
-from fastgpt import ops
 from tests.ops import harness
+from tests.ops.harness import ops
 
 BACKENDS = harness.backends("adamw")
 # Chunks of the kernel hold 16384 elements: below, at and over one, and odd sizes.

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import ops
 from fastgpt.ops import philox
 from tests.ops import harness
+from tests.ops.harness import ops
 
 # Published with Random123 (kat_vectors, philox4x32-10): counter, key, result.
 KNOWN_ANSWERS = [

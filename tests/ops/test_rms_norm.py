@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
-from fastgpt import ops
 from tests.ops import harness
+from tests.ops.harness import ops
 
 BACKENDS = harness.backends("rms_norm")
 SHAPES = [(5, 123, 123), (4, 768), (1, 1), (3, 1), (1, 65536), (200, 17), (7,), (130, 64)]

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
-from fastgpt import ops
 from tests.ops import harness
+from tests.ops.harness import ops
 
 BACKENDS = harness.backends("rotary")
 # (B, H, T, D, R)

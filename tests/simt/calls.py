@@ -288,3 +288,84 @@ _kvcache(torch.bfloat16, True, 1)
 _kvcache(torch.bfloat16, False, 3)
 _kvcache(torch.float32, True, 2)
 _kvcache(torch.float32, False, 1)
+
+
+# --- sizes at which a kernel should move what it needs and no more ---
+
+ALIGNED: dict[str, Call] = {}  # for the budget of access quality (access.py)
+
+
+def aligned(name: str) -> Callable[[Call], Call]:
+    def add(function: Call) -> Call:
+        ALIGNED[name] = function
+        return function
+
+    return add
+
+
+@aligned("layer_norm")
+def _() -> None:
+    for width in (1024, 8192):
+        x, weight, bias, residual = (
+            _randn(*s, dtype=torch.bfloat16) for s in ((8, width), (width,), (width,), (8, width))
+        )
+        _backward(*ops.layer_norm(x, (width,), weight, bias, residual=residual, backend="simt"))
+
+
+@aligned("rms_norm")
+def _() -> None:
+    for width in (1024, 8192):
+        x, weight, residual = (_randn(*s, dtype=torch.bfloat16) for s in ((8, width), (width,), (8, width)))
+        _backward(*ops.rms_norm(x, (width,), weight, residual=residual, backend="simt"))
+
+
+@aligned("gelu")
+def _() -> None:
+    _backward(
+        ops.gelu(_randn(32, 512, dtype=torch.bfloat16), "tanh", bias=_randn(512, dtype=torch.bfloat16), backend="simt")
+    )
+
+
+@aligned("swiglu")
+def _() -> None:
+    _backward(ops.swiglu(_randn(8, 512, dtype=torch.bfloat16), _randn(8, 512, dtype=torch.bfloat16), backend="simt"))
+
+
+@aligned("rotary")
+def _() -> None:
+    cos, sin = ops.rotary_tables(16, 64, dtype=torch.bfloat16)
+    _backward(ops.rotary(_randn(2, 4, 16, 64, dtype=torch.bfloat16), cos, sin, backend="simt"))
+
+
+@aligned("embedding")
+def _() -> None:
+    tokens = torch.randint(64, (2, 64))
+    weight, position = _randn(64, 256, dtype=torch.bfloat16), _randn(64, 256, dtype=torch.bfloat16)
+    _backward(ops.embedding(tokens, weight, position_weight=position, backend="simt"))
+
+
+@aligned("cross_entropy")
+def _() -> None:
+    _backward(ops.cross_entropy(_randn(4, 8192, dtype=torch.bfloat16), torch.randint(8192, (4,)), backend="simt"))
+
+
+@aligned("adamw")
+def _() -> None:
+    params, grads = ([_randn(4096, dtype=torch.bfloat16, grad=False)] for _ in range(2))
+    state = [torch.zeros(4096)], [torch.zeros(4096)]
+    ops.adamw(params, grads, *state, step=1, lr=0.1, max_norm=1.0, master_params=[params[0].float()], backend="simt")
+
+
+@aligned("sample")
+def _() -> None:
+    logits = _randn(2, 8192, dtype=torch.bfloat16, grad=False)
+    ops.sample(logits, top_k=50, top_p=0.9, seed=1, backend="simt")
+
+
+@aligned("attention")
+def _() -> None:
+    for dtype, length in ((torch.bfloat16, 256), (torch.float32, 128)):
+        q, k, v = (_randn(1, 2, length, 64, dtype=dtype) for _ in range(3))
+        _backward(ops.attention(q, k, v, is_causal=True, backend="simt"))
+        with torch.no_grad():
+            ops.attention(q[:, :, :1], k, v, backend="simt")
