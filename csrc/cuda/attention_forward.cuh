@@ -131,7 +131,7 @@ __device__ inline float final_score(const AttentionForward& p, const Band& band,
                                     float dot) {
   const float bias = score_bias<T>(p, band, row, j);
   if (bias == -__builtin_inff()) return bias;
-  return (capped(p, dot * static_cast<float>(p.scale)) + bias) * kScoreUnit<T>;
+  return (capped(p, __fmul_rn(dot, static_cast<float>(p.scale))) + bias) * kScoreUnit<T>;
 }
 
 // The end of a row whose sum of exp(score - m) is l: out = o * factor / divisor.

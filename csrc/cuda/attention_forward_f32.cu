@@ -6,8 +6,9 @@
 // One block of two threads a row takes a tile of packed rows. A warp has 16 rows: lane 8 g + c holds rows g, g + 4,
 // g + 8, g + 12 and of every eight keys, or chunks of four columns, number c. Sums of products run over four floats of
 // a row at a time, read from shared memory by 16-byte accesses; weights pass through shared memory, inside the warp.
-// K and V have one tile each, and the next K comes while the weights multiply V. Dot products longer than 64 are summed
-// in stretches of 64: one running sum of 256 rounds twice as badly.
+// K and V have one tile each, and the next K comes while the weights multiply V. Dot products are summed
+// in stretches of 32, in the very order of attention_backward_f32.cu: the scores that it recomputes are then those that
+// the log-sum-exp saved here was made of, bit for bit.
 #include "cuda/attention_forward.cuh"
 
 namespace fastgpt::FASTGPT_ISA {
@@ -23,7 +24,7 @@ struct Shape {
 };
 
 constexpr int kOwnRows = 4;  // a lane's rows
-constexpr int kStretch = 64;  // products summed in a row
+constexpr int kStretch = 32;  // products summed in a row, as in the backward
 
 __device__ inline void multiply_add(float& sum, const Pack<float>& a, const Pack<float>& b) {
 #pragma unroll
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
 #pragma unroll
         for (int j = 0; j < kOwnKeys; ++j) {
           s[i][j] = looked_up ? final_score<float>(p, band, options, key + column + 8 * j, s[i][j])
-                              : s[i][j] * static_cast<float>(p.scale);
+                              : __fmul_rn(s[i][j], static_cast<float>(p.scale));
           most = fmaxf(most, s[i][j]);
         }
 #pragma unroll
