@@ -1,15 +1,10 @@
 // Elementary functions on vectors, within about 1 ulp over the range that a GPT uses.
 #pragma once
 
+#include "core/normal.h"
 #include "core/simd.h"
 
 namespace fastgpt::FASTGPT_ISA {
-
-// What a result will be stored in: functions with this parameter spend fewer terms on the 16-bit types. They are then
-// within 1.2e-5, a twentieth of float16's rounding and a hundred and fiftieth of bfloat16's.
-enum class Target { single, half };
-template <class T>
-constexpr Target kTarget = sizeof(T) == 2 ? Target::half : Target::single;
 
 // x 2^n for integer-valued n.
 inline Vec scale_by_power(Vec x, Vec n) {
@@ -89,11 +84,9 @@ inline Sigmoid sigmoid(Vec x) {
   return {negative ? near_zero : near_one, negative ? near_one : near_zero};
 }
 
-// The normal distribution Phi(x) = (1 + erf(x / sqrt 2)) / 2 and its density phi(x) = e^(-x^2/2) / sqrt(2 pi).
-// With t = |x|, Phi(-t) = e^(-t^2/2) R(t); R(t) (t + 3.4) is a polynomial of degree 9 in (t - 3.4) / (t + 3.4), the
-// mapping of Shepherd and Laframboise (Math. Comp. 36, 1981) with our own fit on [0, 15] (4e-9). One exponential gives
-// both results, and the negative tail keeps its relative accuracy, which 1 + erf loses. For half the degree is 5,
-// with 3.2 for 3.4 (6e-6).
+// The normal distribution Phi(x) = (1 + erf(x / sqrt 2)) / 2 and its density phi(x) = e^(-x^2/2) / sqrt(2 pi), by the
+// formula of core/normal.h. One exponential gives both, and the negative tail keeps its relative accuracy, which 1 +
+// erf loses.
 struct Normal {
   Vec cdf, density;
 };
@@ -101,32 +94,13 @@ template <Target kFor = Target::single>
 inline Normal normal(Vec x) {
   const Vec t = min(splat(14.4f), abs(x));  // e^(-t^2/2) R(t) is below float's range from 14.2 on; NaN stays
   const Vec square = t * t;
-  Vec gauss = exp_bounded<kFor>(square * -0.5f), p, inverse;
+  Vec gauss = exp_bounded<kFor>(square * -0.5f);
   if constexpr (kFor == Target::single) {
     const Vec missing = fma(t, t, -square);  // what rounding the square lost, which the exponential would magnify
     gauss = gauss - gauss * (missing * 0.5f);
-    inverse = 1.0f / (t + 3.4f);
-    const Vec u = 1.0f - 6.8f * inverse;
-    p = splat(0.000129213833f);
-    p = p * u + 0.000331833289f;
-    p = p * u - 0.00078861753f;
-    p = p * u - 0.00244819f;
-    p = p * u + 0.00762810139f;
-    p = p * u + 0.010374181f;
-    p = p * u - 0.101905957f;
-    p = p * u + 0.299455613f;
-    p = p * u - 0.55557847f;
-    p = p * u + 0.741770804f;
-  } else {
-    inverse = 1.0f / (t + 3.2f);
-    const Vec u = 1.0f - 6.4f * inverse;
-    p = splat(0.00720118545f);
-    p = p * u - 0.00215018983f;
-    p = p * u - 0.0736861452f;
-    p = p * u + 0.265934944f;
-    p = p * u - 0.533835113f;
-    p = p * u + 0.735885799f;
   }
+  const Vec inverse = 1.0f / (t + kNormalCentre<kFor>);
+  const Vec p = normal_tail<kFor>(1.0f - 2.0f * kNormalCentre<kFor> * inverse);
   const Vec tail = gauss * (p * inverse);
   return {x < 0.0f ? tail : 1.0f - tail, gauss * 0.398942280401432678f};
 }

@@ -82,4 +82,90 @@ __device__ inline void store_pack(T* p, const Pack<T>& value SIMT_CALLER) {
   store16(p, value.words FASTGPT_SITE);
 }
 
+// --- rows of floats, whatever they are stored in ---
+//
+// kN elements at p: one, or whole packs at an aligned address. The loads are of memory that nothing writes while the
+// kernel runs (LDG.CONSTANT), so the compiler may move them ahead of stores.
+
+#if defined(__CUDACC__)
+__device__ inline uint4 load16_constant(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+#else
+inline uint4 load16_constant(const void* p SIMT_CALLER) { return load16(p, site); }
+#endif
+
+// How many elements a thread takes at once.
+template <class T, bool kVector>
+constexpr int kCell = kVector ? kPack<T> : 1;
+
+// kN elements as they are stored: half the registers of floats, for 16-bit types.
+template <class T>
+struct Single {
+  T value;
+  __device__ void to_floats(float (&out)[1]) const { out[0] = to_float(value); }
+};
+template <class T, int kN>
+using Cell = std::conditional_t<kN == 1, Single<T>, Pack<T>>;
+
+template <class T>
+__device__ inline void load_cell(const T* p, Single<T>& cell) {
+  if constexpr (sizeof(T) == 4)
+    cell.value = __ldg(p);
+  else
+    cell.value.bits = __ldg(&p->bits);
+}
+template <class T>
+__device__ inline void load_cell(const T* p, Pack<T>& cell SIMT_CALLER) {
+  cell.words = load16_constant(p FASTGPT_SITE);
+}
+
+template <class T, int kN>
+__device__ inline void load_floats(const T* p, float (&out)[kN] SIMT_CALLER) {
+  if constexpr (kN == 1) {
+    Single<T> cell;
+    load_cell(p, cell);
+    cell.to_floats(out);
+  } else {
+    static_assert(kN % kPack<T> == 0);
+#pragma unroll
+    for (int i = 0; i < kN; i += kPack<T>) {
+      const Pack<T> pack{load16_constant(p + i FASTGPT_SITE)};
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) out[i + j] = pack.get(j);
+    }
+  }
+}
+
+template <class T, int kN>
+__device__ inline void store_floats(T* p, const float (&in)[kN] SIMT_CALLER) {
+  if constexpr (kN == 1) {
+    *p = cast<T>(in[0]);
+  } else {
+    static_assert(kN % kPack<T> == 0);
+#pragma unroll
+    for (int i = 0; i < kN; i += kPack<T>) {
+      float part[kPack<T>];
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) part[j] = in[i + j];
+      Pack<T> pack;
+      pack.from_floats(part);
+      store_pack(p + i, pack FASTGPT_SITE);
+    }
+  }
+}
+
+// kN elements from `at` on of a weight or a bias, stored as the tensor's T or as float.
+template <class T, int kN>
+__device__ inline void load_parameters(const void* p, DType dtype, int64_t at, float (&out)[kN] SIMT_CALLER) {
+  if (sizeof(T) == 4 || dtype == DType::f32)
+    load_floats(static_cast<const float*>(p) + at, out FASTGPT_SITE);
+  else
+    load_floats(static_cast<const T*>(p) + at, out FASTGPT_SITE);
+}
+
+// Whether all of these addresses are multiples of 16; null ones do not count.
+template <class... Pointers>
+inline bool all_aligned16(const Pointers*... p) {
+  return (aligned16(p) && ...);
+}
+
 }  // namespace fastgpt::FASTGPT_ISA
