@@ -194,6 +194,29 @@ Status norm_forward(const P& p, Launch& launch) {
 
 // --- backward ---
 
+// sums += parts, or = where it is the first time.
+template <int kN>
+__device__ inline void add_to(float* sums, bool first, const float (&parts)[kN]) {
+  float out[kN];
+#pragma unroll
+  for (int i = 0; i < kN; ++i) out[i] = parts[i];
+  if (!first) {
+#pragma unroll
+    for (int i = 0; i < kN; i += kCell<float, kN != 1>) {
+      Cell<float, kN> cell;
+      float old[kCell<float, kN != 1>];
+      if constexpr (kN == 1)
+        cell.value = *sums;
+      else
+        cell = load_pack(sums + i);
+      cell.to_floats(old);
+#pragma unroll
+      for (int j = 0; j < kCell<float, kN != 1>; ++j) out[i + j] += old[j];
+    }
+  }
+  store_floats(sums, out);
+}
+
 // kinds: dweight, dbias or both, in this order; partial[chunk][kinds][cols].
 template <bool kCentred, class T, bool kVector, class P>
 __global__ void __launch_bounds__(kMostThreads, 1)
@@ -218,60 +241,80 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const auto weight_sums = [&] { return partial + blockIdx.x * kinds * p.cols; };
   const auto bias_sums = [&] { return weight_sums() + (kinds - 1) * p.cols; };
 
+  // The next row is on its way while this one is summed up and written.
+  Cell<T, kN> next_x[kHeld], next_dy[kHeld];
+  float next_mean = 0.0f, next_rstd = 0.0f;
+  const auto fetch = [&](int row_of_chunk) {
+    if (row_of_chunk >= rows) return;
+    const int64_t row = first + row_of_chunk, start = row * p.cols;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (const int c = mine + i * kWarp; c < row_cells) {
+        load_cell(static_cast<const T*>(p.x) + start + c * kN, next_x[i]);
+        load_cell(static_cast<const T*>(p.dy) + start + c * kN, next_dy[i]);
+      }
+    next_rstd = __ldg(p.rstd + row);
+    if constexpr (kCentred) next_mean = __ldg(p.mean + row);
+  };
+  fetch(static_cast<int>(threadIdx.y));
+
   int turn = 0;  // of the two buffers for row sums: while one is still read the other is written
   for (int row_of_block = 0; row_of_block < rows; row_of_block += static_cast<int>(blockDim.y), turn ^= 1) {
     const int row_of_chunk = row_of_block + static_cast<int>(threadIdx.y);
     const int cells = row_of_chunk < rows ? row_cells : 0;
-    const int64_t row = first + row_of_chunk, start = row * p.cols;
-    const T* x = static_cast<const T*>(p.x) + start;
-    const T* dy = static_cast<const T*>(p.dy) + start;
-    float rstd = 0.0f, mean = 0.0f;
-    if (row_of_chunk < rows) {
-      rstd = __ldg(p.rstd + row);
-      if constexpr (kCentred) mean = __ldg(p.mean + row);
-    }
+    const int64_t start = (first + row_of_chunk) * p.cols;
+    const float mean = next_mean, rstd = next_rstd;
 
-    // Calls use(element of the cell, xhat, dy, g = dy * weight).
-    const auto for_each = [&](const Cell<T, kN>& x_cell, const Cell<T, kN>& dy_cell, int c, auto&& use) {
-      float s[kN], d[kN], w[kN];
-      x_cell.to_floats(s);
-      dy_cell.to_floats(d);
+    const auto read = [&](const Cell<T, kN>& x, const Cell<T, kN>& dy, float (&xhat)[kN], float (&d)[kN]) {
+      x.to_floats(xhat);
+      dy.to_floats(d);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) xhat[j] = (xhat[j] - mean) * rstd;
+    };
+    const auto times_weight = [&](const float (&d)[kN], int c, float (&g)[kN]) {
+      float w[kN];
       if (p.weight) load_parameters<T>(p.weight, p.weight_dtype, c * kN, w);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) use(j, (s[j] - mean) * rstd, d[j], p.weight ? d[j] * w[j] : d[j]);
+      for (int j = 0; j < kN; ++j) g[j] = p.weight ? d[j] * w[j] : d[j];
     };
 
-    Cell<T, kN> held_x[kHeld], held_dy[kHeld], x_again, dy_again;
+    float xhat[kHeld][kN], d[kHeld][kN], wide_xhat[kN], wide_d[kN];
+    const auto read_wide = [&](int c) {
+      Cell<T, kN> x, dy;
+      load_cell(static_cast<const T*>(p.x) + start + c * kN, x);
+      load_cell(static_cast<const T*>(p.dy) + start + c * kN, dy);
+      read(x, dy, wide_xhat, wide_d);
+    };
+    float sums[2] = {0.0f, 0.0f};  // of g xhat and of g
+    const auto add = [&](const float (&xhat)[kN], const float (&d)[kN], int c) {
+      float g[kN];
+      times_weight(d, c, g);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        sums[0] += g[j] * xhat[j];
+        if (kCentred) sums[1] += g[j];
+      }
+    };
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
       if (const int c = mine + i * kWarp; c < cells) {
-        load_cell(x + c * kN, held_x[i]);
-        load_cell(dy + c * kN, held_dy[i]);
+        read(next_x[i], next_dy[i], xhat[i], d[i]);
+        add(xhat[i], d[i], c);
       }
-    float sums[2] = {0.0f, 0.0f};  // of g xhat and of g
-    const auto add = [&](int, float xhat, float, float g) {
-      sums[0] += g * xhat;
-      if (kCentred) sums[1] += g;
-    };
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (const int c = mine + i * kWarp; c < cells) for_each(held_x[i], held_dy[i], c, add);
 #pragma unroll 1
     for (int c = rest; c < cells; c += group) {
-      load_cell(x + c * kN, x_again);
-      load_cell(dy + c * kN, dy_again);
-      for_each(x_again, dy_again, c, add);
+      read_wide(c);
+      add(wide_xhat, wide_d, c);
     }
+    fetch(row_of_chunk + static_cast<int>(blockDim.y));
     sum_over_row(sums, row_sums + turn * 2 * kMostWarps);
     const float mean_gx = sums[0] * per_column, mean_g = sums[1] * per_column;
 
-    // Writes a cell of dx; add(element, its part of dweight, of dbias).
-    const auto write = [&](const Cell<T, kN>& x_cell, const Cell<T, kN>& dy_cell, int c, auto&& add) {
+    const auto write = [&](const float (&xhat)[kN], const float (&d)[kN], int c) {
       float out[kN];
-      for_each(x_cell, dy_cell, c, [&](int j, float xhat, float d, float g) {
-        out[j] = (g - xhat * mean_gx - (kCentred ? mean_g : 0.0f)) * rstd;
-        add(j, d * xhat, d);
-      });
+      times_weight(d, c, out);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) out[j] = (out[j] - xhat[j] * mean_gx - (kCentred ? mean_g : 0.0f)) * rstd;
       if (p.dsum) {
         float dsum[kN];
         load_floats(static_cast<const T*>(p.dsum) + start + c * kN, dsum);
@@ -282,22 +325,23 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     };
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-      if (const int c = mine + i * kWarp; c < cells)
-        write(held_x[i], held_dy[i], c, [&](int j, float dweight, float dbias) {
-          column_sums[i * kN + j] += dweight;
-          if constexpr (kCentred) column_sums[kElements + i * kN + j] += dbias;
-        });
+      if (const int c = mine + i * kWarp; c < cells) {
+        write(xhat[i], d[i], c);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          column_sums[i * kN + j] += d[i][j] * xhat[i][j];
+          if constexpr (kCentred) column_sums[kElements + i * kN + j] += d[i][j];
+        }
+      }
     // Columns beyond the registers have their sums in the workspace; such rows have all the block's threads.
 #pragma unroll 1
     for (int c = rest; c < cells; c += group) {
-      load_cell(x + c * kN, x_again);
-      load_cell(dy + c * kN, dy_again);
-      write(x_again, dy_again, c, [&](int j, float dweight, float dbias) {
-        float* const weight_at = weight_sums() + c * kN + j;
-        float* const bias_at = bias_sums() + c * kN + j;
-        if (p.dweight) *weight_at = (row_of_chunk == 0 ? 0.0f : *weight_at) + dweight;
-        if (want_bias) *bias_at = (row_of_chunk == 0 ? 0.0f : *bias_at) + dbias;
-      });
+      read_wide(c);
+      write(wide_xhat, wide_d, c);
+      if (want_bias) add_to(bias_sums() + c * kN, row_of_chunk == 0, wide_d);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) wide_xhat[j] *= wide_d[j];
+      if (p.dweight) add_to(weight_sums() + c * kN, row_of_chunk == 0, wide_xhat);
     }
   }
 
