@@ -19,6 +19,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.ops import native
 from fastgpt.ops.accuracy import error_and_budget
+from tests.conftest import SCHEDULES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Function = Callable[..., Any]  # run(backend, **tensors) -> Tensor or tuple of Tensors
@@ -220,6 +221,16 @@ def opcheck(op: str, arguments: tuple[Any, ...]) -> None:
         for original, copy in pairs:
             copy.requires_grad_(original.requires_grad)
     torch.library.opcheck(getattr(torch.ops.fastgpt, op).default, arguments)
+
+
+def under_every_schedule(run: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    """What ``run()`` gives under each of the emulator's schedules."""
+    simt = pytest.importorskip("fastgpt._simt", reason="this build has no emulator (FASTGPT_SIMT=on)")
+    results = []
+    for schedule in SCHEDULES:
+        simt.configure(**schedule)
+        results.append(run())
+    return results
 
 
 def assert_same_bits(results: list[list[Tensor]], what: str) -> None:

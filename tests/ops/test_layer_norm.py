@@ -57,6 +57,32 @@ def test_layouts(backend):
         harness.check(runner((40,)), tensors, torch.float32, backend)
 
 
+# On a GPU a row is shared out by its width: part of a warp, one, several, with what registers hold and more.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 2), (9, 31), (9, 32), (3, 255), (5, 1024), (2, 1032), (2, 4099), (2, 8200)])
+def test_widths(shape, dtype, backend):
+    harness.check(runner(shape[-1:]), make(shape), dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("moved", [("input",), ("weight",), ("input", "residual", "weight", "bias")])
+def test_misaligned_views(moved, dtype, backend):
+    tensors = make((5, 64))
+    for name in moved:
+        _, (_, view), *_ = harness.layouts(tensors[name].detach())
+        tensors[name] = view.requires_grad_()
+    harness.check(runner((64,)), tensors, dtype, backend)
+
+
+# More rows than one chunk of the weights' gradients takes, and chunks than are added side by side.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(601, 40), (8300, 6)])
+def test_many_rows(shape, backend):
+    harness.check(runner(shape[-1:]), make(shape), torch.float32, backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_normalized_dimensions(backend):
     harness.check(runner((4, 5, 6)), make((3, 2, 4, 5, 6), dims=3), torch.float32, backend)
@@ -149,10 +175,25 @@ def test_bits_do_not_depend_on_threads(restore_threads):
     harness.assert_same_bits(results, "the thread count changes the result")
 
 
-def test_bits_do_not_depend_on_batch_neighbours():
-    x = torch.randn(50, 77)
-    whole = ops.layer_norm(x, (77,), backend="cpu")
-    harness.assert_same_bits([[whole[31:32]], [ops.layer_norm(x[31:32], (77,), backend="cpu")]], "neighbours matter")
+@pytest.mark.parametrize("width", [24, 77, 1024, 4100])
+def test_bits_do_not_depend_on_the_schedule(width):
+    t = harness.cast(make((37, width)), torch.float32)
+    upstream = [torch.randn(37, width), torch.randn(37, width)]
+
+    def run():
+        outputs, gradients = harness.run_with_gradients(runner((width,)), "simt", t, upstream)
+        return [*outputs, *gradients.values()]
+
+    harness.assert_same_bits(harness.under_every_schedule(run), "the order of lanes and blocks changes the result")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [77, 96, 2048])
+def test_bits_do_not_depend_on_batch_neighbours(width, backend):
+    x = torch.randn(50, width)
+    whole = ops.layer_norm(x, (width,), backend=backend)
+    alone = ops.layer_norm(x[31:32].clone(), (width,), backend=backend)
+    harness.assert_same_bits([[whole[31:32]], [alone]], "neighbours matter")
 
 
 def test_float64_goes_to_the_reference_openly():

@@ -63,6 +63,29 @@ def test_slices_of_a_fused_projection(backend):
         harness.check(run, leaves, torch.float32, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("width", [31, 40, 264, 4099])
+def test_slices_aligned_and_not(width, dtype, backend):
+    """Rows whose starts are all multiples of 16 bytes, and such as are not; widths that end within 16 bytes."""
+    fused = torch.randn(9, 3 * 4104, dtype=torch.float64)
+    for first in (0, 8, 3):
+        parts = {"gate": fused[:, first : first + width], "up": fused[:, 4104 : 4104 + width]}
+        harness.check(run, {name: t.detach().requires_grad_() for name, t in parts.items()}, dtype, backend)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bits_do_not_depend_on_the_schedule(packed):
+    t = harness.cast(make((33, 80), packed), torch.float32)
+    upstream = [torch.randn(33, 40 if packed else 80)]
+
+    def results():
+        outputs, gradients = harness.run_with_gradients(run, "simt", t, upstream)
+        return [*outputs, *gradients.values()]
+
+    harness.assert_same_bits(harness.under_every_schedule(results), "the order of lanes and blocks changes the result")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_slices_are_read_in_place(packed):
     """The forward allocates its result and nothing else."""

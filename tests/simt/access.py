@@ -82,7 +82,9 @@ def main() -> None:
     measured: Ratios = {}
     for op in options.op or ALIGNED:
         counted = requests(op)
-        measured |= ratios(counted)
+        for kernel, values in ratios(counted).items():  # two operators may share a kernel
+            worst = measured.setdefault(kernel, {})
+            worst |= {what: max(value, worst.get(what, 0.0)) for what, value in values.items()}
         if options.lines:
             for e in sorted(counted, key=lambda e: e["ideal"] - e["moved"]):
                 print(
