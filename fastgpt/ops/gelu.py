@@ -180,3 +180,4 @@ _op_backward = registry.define(
     _fake_backward,
 )
 registry.owner("gelu", "cpu", "cpu", "vector exp in one pass, bias fused, saves only the input")
+registry.owner("gelu", "cuda", "cuda", "bias fused, its gradient deterministic; saves only the input")

@@ -179,3 +179,4 @@ _op_backward = registry.define(
     _fake_backward,
 )
 registry.owner("swiglu", "cpu", "cpu", "one pass, reads slices of a fused projection in place, recomputes in backward")
+registry.owner("swiglu", "cuda", "cuda", "one pass, slices of a fused projection read in place, recomputes in backward")
