@@ -312,4 +312,4 @@ _op_backward = registry.define(
     _fake_backward,
 )
 registry.owner("layer_norm", "cpu", "cpu", "one pass over the row from memory, deterministic weight gradients")
-registry.owner("layer_norm", "cuda", "cuda", "rows read once, into registers; deterministic weight gradients in the same pass")
+registry.owner("layer_norm", "cuda", "cuda", "rows read once, into registers; deterministic weight gradients with them")

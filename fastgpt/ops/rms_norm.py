@@ -239,4 +239,4 @@ _op_backward = registry.define(
     _fake_backward,
 )
 registry.owner("rms_norm", "cpu", "cpu", "one pass over the row from memory, deterministic weight gradient")
-registry.owner("rms_norm", "cuda", "cuda", "rows read once, into registers; a deterministic weight gradient in the same pass")
+registry.owner("rms_norm", "cuda", "cuda", "rows read once, into registers; a deterministic weight gradient with them")
