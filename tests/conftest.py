@@ -56,6 +56,20 @@ def every_schedule(request, own_schedule):
 
 
 @pytest.fixture
+def emulated_schedules(request, own_schedule):
+    """Calling it yields every kind of schedule in turn, for tests that compare what comes out under each."""
+    if native._simt is None:
+        pytest.skip("this build has no emulator (FASTGPT_SIMT=on)")
+
+    def schedules():
+        for schedule in SCHEDULES:
+            _schedule(request, schedule)
+            yield schedule
+
+    return schedules
+
+
+@pytest.fixture
 def restore_threads():
     """Lets a test change the thread count."""
     threads = torch.get_num_threads()

@@ -130,7 +130,7 @@ __device__ inline void add_squares(double& sum, const float (&v)[n]) {
 }
 
 // tensors.squares[chunk] = the sum of the squares of the chunk's gradients.
-__global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ Tensors t) {
+__global__ void __launch_bounds__(kThreads) grad_squares_kernel(const __grid_constant__ Tensors t) {
   const Chunk chunk = find_chunk(t);
   const auto dtype = static_cast<DType>(t.grad_dtypes[chunk.tensor]);
   const char* grad = at(t.grads[chunk.tensor], dtype, chunk.offset);
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 // norm = sqrt(sum of squares) / grad_scale, or *given. Where wanted also factor, what a gradient is multiplied by:
 // +-min(1, max_norm / (norm + 1e-6)) / grad_scale, or NaN where the norm is not finite.
 __global__ void __launch_bounds__(kNormThreads)
-    norm_kernel(float* norm, float* factor, const double* squares, int64_t chunks, const float* given, double max_norm,
-                double grad_scale, bool maximize) {
+    grad_norm_kernel(float* norm, float* factor, const double* squares, int64_t chunks, const float* given,
+                     double max_norm, double grad_scale, bool maximize) {
   double sum = 0;
   if (!given) {
     for (int64_t i = threadIdx.x; i < chunks; i += kNormThreads) sum += squares[i];
@@ -183,7 +183,7 @@ Scalars scalars_of(const AdamW& p) {
 // `factor`: of gradients, instead of scalars.grad_factor; NaN: no update. Products and sums are spelt out, so that an
 // element's bits do not depend on whether it is one of four.
 __global__ void __launch_bounds__(kThreads)
-    update_kernel(const __grid_constant__ Tensors t, const Scalars scalars, const float* factor) {
+    adamw_kernel(const __grid_constant__ Tensors t, const Scalars scalars, const float* factor) {
   const float grad_factor = factor ? *factor : scalars.grad_factor;
   if (grad_factor != grad_factor) return;
   const Chunk chunk = find_chunk(t);
@@ -266,7 +266,7 @@ template <class Params>
 Status sum_squares(const Params& p, double* squares, Launch& launch) {
   return for_each_launch(
       p, squares, [](Tensors&, int, int64_t) {},
-      [&](const Tensors& t, unsigned blocks) { return launch.run<squares_kernel>(blocks, kThreads, 0, t); });
+      [&](const Tensors& t, unsigned blocks) { return launch.run<grad_squares_kernel>(blocks, kThreads, 0, t); });
 }
 
 }  // namespace
@@ -276,8 +276,8 @@ Status grad_norm(const GradNorm& p, Launch& launch) {
   double* squares = launch.scratch<double>(chunks);
   const Status status = sum_squares(p, squares, launch);
   if (status.code != Status::ok) return status;
-  return launch.run<norm_kernel>(1, kNormThreads, 0, p.norm, nullptr, squares, chunks, nullptr, 0.0, p.grad_scale,
-                                 false);
+  return launch.run<grad_norm_kernel>(1, kNormThreads, 0, p.norm, nullptr, squares, chunks, nullptr, 0.0, p.grad_scale,
+                                      false);
 }
 
 Status adamw(const AdamW& p, Launch& launch) {
@@ -286,8 +286,8 @@ Status adamw(const AdamW& p, Launch& launch) {
   const bool clip = p.max_norm > 0;
   float* factor = clip ? launch.scratch<float>(1) : nullptr;
   const auto find_norm = [&] {
-    return launch.run<norm_kernel>(1, kNormThreads, 0, p.norm, factor, squares, chunks, p.total_norm, p.max_norm,
-                                   p.grad_scale, p.maximize);
+    return launch.run<grad_norm_kernel>(1, kNormThreads, 0, p.norm, factor, squares, chunks, p.total_norm, p.max_norm,
+                                        p.grad_scale, p.maximize);
   };
   if (clip) {
     Status status = p.total_norm ? Status{} : sum_squares(p, squares, launch);
@@ -305,7 +305,7 @@ Status adamw(const AdamW& p, Launch& launch) {
         t.param_dtypes[to] = static_cast<int8_t>(p.param_dtypes[from]);
       },
       [&](const Tensors& t, unsigned blocks) {
-        return launch.run<update_kernel>(blocks, kThreads, 0, t, scalars, factor);
+        return launch.run<adamw_kernel>(blocks, kThreads, 0, t, scalars, factor);
       });
   if (clip || status.code != Status::ok) return status;
   return find_norm();

@@ -221,7 +221,7 @@ __device__ inline bool without_gradient(const Params& p, int64_t target, T* dx) 
 }
 
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const CrossEntropyForward p) {
+__global__ void __launch_bounds__(kThreads) cross_entropy_forward_kernel(const CrossEntropyForward p) {
   const int64_t row = blockIdx.x, target = p.target[row];
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   T* dx = p.dx ? static_cast<T*>(p.dx) + row * p.dx_stride : nullptr;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CrossEntropyFor
 }
 
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const CrossEntropyBackward p) {
+__global__ void __launch_bounds__(kThreads) cross_entropy_backward_kernel(const CrossEntropyBackward p) {
   const int64_t row = blockIdx.x, target = p.target[row];
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   T* dx = static_cast<T*>(p.dx) + row * p.dx_stride;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CrossEntropyBa
 }
 
 // Adds to p.totals. One block, each thread the same rows whatever the device: the bits are always the same.
-__global__ void __launch_bounds__(kTotalThreads) totals_kernel(const CrossEntropyForward p) {
+__global__ void __launch_bounds__(kTotalThreads) cross_entropy_totals_kernel(const CrossEntropyForward p) {
   double loss = 0, rows = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kTotalThreads) {
     if (p.target[row] == p.ignore_index) continue;
@@ -298,17 +298,17 @@ Status cross_entropy_forward(const CrossEntropyForward& p, Launch& launch) {
   if (p.rows == 0) return {};
   const Status status = dispatch(p, [&](auto t, auto threads) -> Status {
     using T = typename decltype(t)::type;
-    return launch.run<forward_kernel<T, threads()>>(static_cast<unsigned>(p.rows), threads(), 0, p);
+    return launch.run<cross_entropy_forward_kernel<T, threads()>>(static_cast<unsigned>(p.rows), threads(), 0, p);
   });
   if (status.code != Status::ok) return status;
-  return launch.run<totals_kernel>(1, kTotalThreads, 0, p);
+  return launch.run<cross_entropy_totals_kernel>(1, kTotalThreads, 0, p);
 }
 
 Status cross_entropy_backward(const CrossEntropyBackward& p, Launch& launch) {
   if (p.rows == 0) return {};
   return dispatch(p, [&](auto t, auto threads) -> Status {
     using T = typename decltype(t)::type;
-    return launch.run<backward_kernel<T, threads()>>(static_cast<unsigned>(p.rows), threads(), 0, p);
+    return launch.run<cross_entropy_backward_kernel<T, threads()>>(static_cast<unsigned>(p.rows), threads(), 0, p);
   });
 }
 

@@ -49,7 +49,7 @@ __device__ inline int64_t position_row(const P& p, int64_t i) {
 
 // A warp a token.
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const EmbeddingForward p, bool by_packs) {
+__global__ void __launch_bounds__(kThreads) embedding_forward_kernel(const EmbeddingForward p, bool by_packs) {
   const int lane = threadIdx.x % kWarp;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i >= p.sequences * p.length) return;
@@ -87,7 +87,8 @@ enum class Key { token, position };
 // keys[i] is the row of token order[i]; `rows` for one that counts for none, so that it comes last.
 // With positions of one start for all, the order is already that of the keys.
 template <Key key>
-__global__ void __launch_bounds__(kThreads) keys_kernel(const EmbeddingBackward p, uint32_t* keys, int* order) {
+__global__ void __launch_bounds__(kThreads)
+    embedding_keys_kernel(const EmbeddingBackward p, uint32_t* keys, int* order) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.sequences * p.length) return;
   int64_t at = i, row = -1;
@@ -106,7 +107,7 @@ __device__ inline int digit_of(uint32_t key, int shift) { return static_cast<int
 
 // histogram[tile][digit]: the number of the tile's keys with that digit.
 __global__ void __launch_bounds__(kThreads)
-    histogram_kernel(const uint32_t* keys, int count, int shift, int* histogram) {
+    embedding_histogram_kernel(const uint32_t* keys, int count, int shift, int* histogram) {
   FASTGPT_SHARED(int, counts, kDigits);
   counts[threadIdx.x] = 0;
   __syncthreads();
@@ -135,8 +136,8 @@ __device__ inline int exclusive_sum(int value) {
 
 // One pass of the sort: to where the keys with a smaller digit, and those before with the same, leave room.
 __global__ void __launch_bounds__(kThreads)
-    scatter_kernel(const uint32_t* keys, const int* order, uint32_t* sorted_keys, int* sorted_order, int count,
-                   int shift, const int* histogram) {
+    embedding_scatter_kernel(const uint32_t* keys, const int* order, uint32_t* sorted_keys, int* sorted_order,
+                             int count, int shift, const int* histogram) {
   FASTGPT_SHARED(int, counts, kWarps* kDigits);  // keys of a warp with a digit; then where they go
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, digit_of_thread = threadIdx.x;
 #pragma unroll
@@ -184,7 +185,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // first[k] = the number of keys below k, for k up to and including `rows`.
-__global__ void __launch_bounds__(kThreads) first_kernel(const uint32_t* keys, int count, int64_t rows, int* first) {
+__global__ void __launch_bounds__(kThreads)
+    embedding_first_kernel(const uint32_t* keys, int count, int64_t rows, int* first) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row > rows) return;
   int low = 0, high = count;
@@ -274,7 +276,7 @@ __device__ inline int64_t piece_row(int place, bool first_of_row) { return place
 // The sums of the pieces of rows with more than kPiece tokens.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
-    pieces_kernel(const EmbeddingBackward p, const Sorted sorted, float* pieces, bool by_packs) {
+    embedding_pieces_kernel(const EmbeddingBackward p, const Sorted sorted, float* pieces, bool by_packs) {
   FASTGPT_SHARED(int, starts, 2);  // of a piece that continues a row, and of a row's first; -1: none
   if (threadIdx.x < 2) starts[threadIdx.x] = -1;
   __syncthreads();
@@ -300,7 +302,8 @@ __global__ void __launch_bounds__(kSumThreads)
 // A block a row of the gradient.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
-    rows_kernel(const EmbeddingBackward p, T* out, const Sorted sorted, const float* pieces, bool mean, bool by_packs) {
+    embedding_rows_kernel(const EmbeddingBackward p, T* out, const Sorted sorted, const float* pieces, bool mean,
+                          bool by_packs) {
   const int64_t row = blockIdx.x;
   const int first = sorted.first[row], count = sorted.first[row + 1] - first;
   const float scale = mean && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
@@ -340,26 +343,29 @@ struct Workspace {
 template <Key key, class T>
 Status sum_by_key(const EmbeddingBackward& p, T* out, int64_t rows, bool mean, const Workspace& w, Launch& launch) {
   const int count = static_cast<int>(p.sequences * p.length);
-  Status status = launch.run<keys_kernel<key>>(blocks_for(count, kThreads), kThreads, 0, p, w.keys[0], w.order[0]);
+  Status status =
+      launch.run<embedding_keys_kernel<key>>(blocks_for(count, kThreads), kThreads, 0, p, w.keys[0], w.order[0]);
   int from = 0;
   const bool is_sorted = key == Key::position && !p.starts;
   for (int shift = 0; !is_sorted && rows >> shift != 0; shift += kDigitBits, from = 1 - from) {
     const unsigned tiles = blocks_for(count, kTile);
     if (status.code == Status::ok)
-      status = launch.run<histogram_kernel>(tiles, kThreads, 0, w.keys[from], count, shift, w.histogram);
+      status = launch.run<embedding_histogram_kernel>(tiles, kThreads, 0, w.keys[from], count, shift, w.histogram);
     if (status.code == Status::ok)
-      status = launch.run<scatter_kernel>(tiles, kThreads, 0, w.keys[from], w.order[from], w.keys[1 - from],
-                                          w.order[1 - from], count, shift, w.histogram);
+      status = launch.run<embedding_scatter_kernel>(tiles, kThreads, 0, w.keys[from], w.order[from], w.keys[1 - from],
+                                                    w.order[1 - from], count, shift, w.histogram);
   }
   const Sorted sorted = {w.keys[from], w.order[from], w.first, rows, count};
   if (status.code == Status::ok)
-    status = launch.run<first_kernel>(blocks_for(rows + 1, kThreads), kThreads, 0, sorted.keys, count, rows, w.first);
+    status = launch.run<embedding_first_kernel>(blocks_for(rows + 1, kThreads), kThreads, 0, sorted.keys, count, rows,
+                                                w.first);
   const bool by_packs = packable<T>(p.dy, p.dy_stride) && packable<T>(out, p.width);
   if (status.code == Status::ok && count > kPiece)
-    status = launch.run<pieces_kernel<T>>(blocks_for(count, kPiece), kSumThreads, 0, p, sorted, w.pieces, by_packs);
+    status = launch.run<embedding_pieces_kernel<T>>(blocks_for(count, kPiece), kSumThreads, 0, p, sorted, w.pieces,
+                                                    by_packs);
   if (status.code == Status::ok && rows > 0)
-    status = launch.run<rows_kernel<T>>(static_cast<unsigned>(rows), kSumThreads, 0, p, out, sorted, w.pieces, mean,
-                                        by_packs);
+    status = launch.run<embedding_rows_kernel<T>>(static_cast<unsigned>(rows), kSumThreads, 0, p, out, sorted, w.pieces,
+                                                  mean, by_packs);
   return status;
 }
 
@@ -373,7 +379,7 @@ Status embedding_forward(const EmbeddingForward& p, Launch& launch) {
     using T = typename decltype(t)::type;
     const bool by_packs = packable<T>(p.weight, p.weight_stride) && packable<T>(p.y, p.width) &&
                           (!p.position_weight || packable<T>(p.position_weight, p.position_stride));
-    return launch.run<forward_kernel<T>>(blocks_for(count, kWarps), kThreads, 0, p, by_packs);
+    return launch.run<embedding_forward_kernel<T>>(blocks_for(count, kWarps), kThreads, 0, p, by_packs);
   });
 }
 

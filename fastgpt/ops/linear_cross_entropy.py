@@ -317,14 +317,20 @@ class _Gradients:
 class _CountingRows:
     """The rows whose target is not ignore_index: the others are left out of every GEMM and put back as zeros.
 
-    ``everything``: no row is left out. How many there are cannot be known without waiting for a GPU.
+    ``everything``: no row is left out, since how many there are cannot be known without waiting for a GPU.
     """
 
     def __init__(self, target: Tensor, ignore_index: int, everything: bool) -> None:
-        self.rows, self.index = target.shape[0], None
-        if not everything:
+        self.rows, self.index, self.ignored = target.shape[0], None, None
+        if everything:
+            self.ignored = target == ignore_index
+        else:
             index = (target != ignore_index).nonzero()[:, 0]
             self.index = index if index.numel() < self.rows else None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the GEMMs take of x (N, K). An ignored row that stays is zero: NaN in it would be NaN in dw."""
+        return self.select(x) if self.ignored is None else x.masked_fill(self.ignored[:, None], 0)
 
     def select(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous() if self.index is None else tensor[self.index]
@@ -352,7 +358,7 @@ def _run(
     if not asynchronous:
         check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
     counting = _CountingRows(target, ignore_index, everything=asynchronous)
-    x, target, b = counting.select(x), counting.select(target), None if b is None else b.contiguous()
+    x, target, b = counting.inputs(x), counting.select(target), None if b is None else b.contiguous()
     loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
     totals = x.new_zeros(2, dtype=torch.float64)
     gradients = None if wanted is None else _Gradients(x, w, b, wanted)
@@ -438,7 +444,7 @@ def _native_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     asynchronous = native.asynchronous(kernels)
     counting = _CountingRows(target, ignore_index, everything=asynchronous)
-    x, target, b = counting.select(x), counting.select(target), None if b is None else b.contiguous()
+    x, target, b = counting.inputs(x), counting.select(target), None if b is None else b.contiguous()
     scale = counting.select(row_scale(dloss, total, reduction).expand(counting.rows))
     maximum, sum_exp = counting.select(maximum), counting.select(sum_exp)
     gradients = _Gradients(x, w, b, wanted)

@@ -212,7 +212,7 @@ def _native(
     x4 = _as_heads(x if x.stride(-1) == 1 else x.contiguous())
     cos, sin = cos.contiguous(), sin.contiguous()
     batch, heads, length, dim = x4.shape
-    rows = None if starts is None else starts.contiguous().repeat_interleave(batch // starts.numel())
+    rows = None if starts is None else starts[:, None].expand(-1, batch // starts.numel()).contiguous()
     try:
         kernels.rotary(
             y=y4.data_ptr(),

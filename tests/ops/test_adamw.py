@@ -10,7 +10,7 @@ from tests.ops import harness
 from tests.ops.harness import ops
 
 BACKENDS = harness.backends("adamw")
-# Chunks of the kernel hold 16384 elements: below, at and over one, and odd sizes.
+# Chunks of the CPU kernel hold 16384 elements, of CUDA's 8192: below, at and over one, and odd sizes.
 SHAPES = [(5, 123), (), (16384,), (3, 5461, 1), (16385,), (0, 4), (7,), (40001,)]
 # (parameter, gradient, has a master)
 DTYPES = [
@@ -57,7 +57,8 @@ def gradients(shapes, steps, dtype=torch.float32, scale=1.0, seed=1):
     return [[(torch.randn(s, generator=generator) * scale).to(dtype) for s in shapes] for _ in range(steps)]
 
 
-def check(backend, shapes, dtype, grad_dtype, master, steps=4, scale=1.0, **options):
+def check(backend, shapes, dtype, grad_dtype, master, steps=4, scale=1.0, together=False, **options):
+    """``together``: the budget is that of all tensors as one; torch is exact by chance in some small ones."""
     ours, plain = State(shapes, dtype, master), State(shapes, dtype, master)
     exact = State(shapes, dtype, master, wide=True)
     for step, grads in enumerate(gradients(shapes, steps, grad_dtype, scale), 1):
@@ -72,9 +73,10 @@ def check(backend, shapes, dtype, grad_dtype, master, steps=4, scale=1.0, **opti
         harness.assert_within_budget("norm", norms[0], norms[1], norms[2].double())
     wide = exact.tensors()
     for name, tensors in ours.tensors().items():
-        for i, (a, p, e) in enumerate(
-            zip(tensors, plain.tensors()[name], wide["params" if name == "masters" else name], strict=True)
-        ):
+        lists = [tensors, plain.tensors()[name], wide["params" if name == "masters" else name]]
+        if together:
+            lists = [[torch.cat([t.flatten() for t in tensors])] for tensors in lists]
+        for i, (a, p, e) in enumerate(zip(*lists, strict=True)):
             harness.assert_within_budget(f"{name}[{i}]", a, p, e)
     for p, m in zip(ours.params, ours.masters or [], strict=bool(ours.masters)):
         assert torch.equal(p, m.to(p.dtype)), "a parameter is not its rounded master"
@@ -116,6 +118,53 @@ def test_squares_that_overflow_float32_do_not_spoil_the_norm(backend):
     torch.testing.assert_close(ops.grad_norm(grads, backend=backend), torch.tensor(5e30))
     tiny = [torch.tensor([3e-30, -4e-30])]
     torch.testing.assert_close(ops.grad_norm(tiny, backend=backend), torch.tensor(5e-30), atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.3}])
+def test_hundreds_of_small_tensors(options, backend):
+    """More than CUDA's 64 a launch, with empty ones between."""
+    shapes = [(i * 37 % 50,) for i in range(200)]
+    check(backend, shapes, torch.bfloat16, torch.bfloat16, True, steps=2, together=True, **options)
+    grads = gradients(shapes, 1)[0]
+    exact = torch.cat([g.double() for g in grads]).norm()
+    torch.testing.assert_close(ops.grad_norm(grads, backend=backend).double(), exact, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", *harness.asynchronous_backends("adamw")])
+@pytest.mark.parametrize(("dtype", "grad_dtype", "master"), DTYPES)
+def test_bits_do_not_depend_on_alignment(dtype, grad_dtype, master, backend):
+    """Of any of the tensors: an element is updated alike whether its neighbours come in one access with it or not."""
+    whole = State([(1003,)], dtype, master)
+    grads = gradients([(1003,)], 1, grad_dtype)[0]
+    results = []
+    for moved in (None, "params", "grads", "exp_avgs", "exp_avg_sqs", "masters"):
+        lists = {**{n: [t.clone() for t in ts] for n, ts in whole.tensors().items()}, "grads": [grads[0].clone()]}
+        if moved in lists:
+            room = torch.empty(1004, dtype=lists[moved][0].dtype)
+            lists[moved] = [room[1:].copy_(lists[moved][0])]
+        norm = ops.adamw(
+            lists["params"],
+            lists["grads"],
+            lists["exp_avgs"],
+            lists["exp_avg_sqs"],
+            master_params=lists.get("masters"),
+            step=3,
+            lr=0.1,
+            backend=backend,
+        )
+        results.append([norm.reshape(1), *(t[0].clone() for t in lists.values())])
+    harness.assert_same_bits([r[1:] for r in results], "alignment changes the update")
+    torch.testing.assert_close([r[0] for r in results[1:]], [results[0][0]] * 5, rtol=1e-7, atol=0)
+
+
+def test_bits_do_not_depend_on_the_schedule(emulated_schedules):
+    results = []
+    for _ in emulated_schedules():
+        state = State(SHAPES, torch.bfloat16, master=True)
+        norm = state.step(gradients(SHAPES, 1, torch.bfloat16)[0], step=1, max_norm=1.0, backend="simt")
+        results.append([norm.reshape(1), *(t.reshape(-1) for tensors in state.tensors().values() for t in tensors)])
+    harness.assert_same_bits(results, "the order in which threads run changes the result")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,8 +14,10 @@ from tests.ops.harness import ops
 
 BACKENDS = harness.backends("cross_entropy")
 INF, NAN = math.inf, math.nan
-# (rows, classes): one row, one class, odd sizes, several of the kernel's blocks of 2048, GPT-2's vocabulary
+# (rows, classes): one row, one class, odd sizes, several of the CPU kernel's blocks of 2048, around the widths where
+# CUDA's takes more threads (4096 and 8192), GPT-2's vocabulary
 SIZES = [(1, 1), (5, 1), (1, 7), (123, 123), (3, 2048), (2, 2049), (3, 6151), (2, 50257), (70, 16)]
+SIZES += [(2, 4095), (2, 4096), (2, 4097), (2, 8191), (2, 8193)]
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -314,11 +316,47 @@ def test_bits_do_not_depend_on_threads(restore_threads):
     harness.assert_same_bits(results, "the thread count changes the result")
 
 
-def test_bits_do_not_depend_on_batch_neighbours():
-    x, target = torch.randn(50, 77), targets(50, 77)
-    whole = ops.cross_entropy(x, target, reduction="none", backend="cpu")
-    alone = ops.cross_entropy(x[31:32], target[31:32], reduction="none", backend="cpu")
-    harness.assert_same_bits([[whole[31:32]], [alone]], "neighbours matter")
+@pytest.mark.parametrize("backend", ["cpu", *harness.asynchronous_backends("cross_entropy")])
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("classes", [77, 9001])
+def test_bits_do_not_depend_on_batch_neighbours(classes, dtype, backend):
+    """Nor on where in the batch, and so at which address, a row lies."""
+    x, target = (3 * torch.randn(9, classes)).to(dtype), targets(9, classes)
+    run = runner(target, reduction="none", label_smoothing=0.1)
+    whole, gradients = harness.run_with_gradients(run, backend, {"input": x.requires_grad_()}, [torch.ones(9)])
+    for row in range(9):
+        run = runner(target[row : row + 1], reduction="none", label_smoothing=0.1)
+        one = x.detach()[row : row + 1].clone().requires_grad_()
+        alone, gradient = harness.run_with_gradients(run, backend, {"input": one}, [torch.ones(1)])
+        harness.assert_same_bits([[whole[0][row : row + 1]], alone], "neighbours matter to the loss")
+        harness.assert_same_bits(
+            [[gradients["input"][row]], [gradient["input"][0]]], "neighbours matter to the gradient"
+        )
+
+
+@pytest.mark.parametrize("backend", harness.asynchronous_backends("cross_entropy"))
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+def test_rows_at_any_distance_from_aligned_memory(dtype, backend):
+    """The same numbers, so the same bits: of the loss and, into memory aligned otherwise, of the gradient."""
+    values, target = 3 * torch.randn(4, 517), targets(4, 517, [2])
+    results = []
+    for start, stride in [(0, 520), (0, 517), (1, 517), (3, 519), (5, 522), (7, 640)]:
+        view = torch.empty(start + 4 * stride, dtype=dtype)[start:].as_strided((4, 517), (stride, 1))
+        view.copy_(values)
+        run = runner(target, reduction="none", label_smoothing=0.1, z_loss=1e-3)
+        losses, gradients = harness.run_with_gradients(run, backend, {"input": view.requires_grad_()}, [torch.ones(4)])
+        results.append([*losses, gradients["input"].contiguous()])
+    harness.assert_same_bits(results, "the address matters")
+
+
+def test_bits_do_not_depend_on_the_schedule(emulated_schedules):
+    x, target = (3 * torch.randn(40, 515)).bfloat16(), targets(40, 515, [3])
+    results = []
+    for _ in emulated_schedules():
+        t = {"input": x.clone().requires_grad_()}
+        losses, gradients = harness.run_with_gradients(runner(target, z_loss=1e-3), "simt", t, [torch.ones(())])
+        results.append([*losses, *gradients.values()])
+    harness.assert_same_bits(results, "the order in which threads run changes the result")
 
 
 def test_float64_goes_to_the_reference_openly():

@@ -175,9 +175,66 @@ def test_compiles_without_graph_breaks():
     harness.assert_same_bits([[*eager[0], *eager[1].values()], [*graph[0], *graph[1].values()]], "compiled differs")
 
 
+def text(*shape, vocabulary):
+    """Tokens of which a few make up most, as in text."""
+    return (torch.rand(shape) ** 4 * vocabulary).long()
+
+
+# CUDA sorts tiles of 2048 tokens by 8 bits a pass, and cuts rows of more than 128 tokens into pieces.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary"),
+    [
+        (torch.zeros(1, 2500), 1),
+        (torch.full((3, 700), 255), 256),
+        (torch.full((2, 129), 256), 257),
+        (torch.full((1, 128), 3), 700),
+        (torch.arange(4300) % 3 * 300, 800),
+    ],
+)
+def test_many_tokens_of_one_row(tokens, vocabulary, dtype, backend):
+    for width in (8, 5):
+        tensors = make((1,), vocabulary, width)
+        harness.check(runner(), {**tensors, "input": tokens.long()}, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("vocabulary", "length"), [(255, 1), (255, 4500), (256, 2047), (256, 4500), (300, 2049), (65535, 2049), (65536, 9)]
+)
+def test_the_gradient_is_the_sum_over_the_tokens(vocabulary, length, backend):
+    """Of small integers: exact in any order."""
+    tokens = text(1, length, vocabulary=vocabulary)
+    tokens[0, -1] = vocabulary - 1
+    upstream = torch.randint(-3, 4, (1, length, 4)).float()
+    weight, position = torch.zeros(vocabulary, 4, requires_grad=True), torch.zeros(length + 3, 4, requires_grad=True)
+    y = ops.embedding(
+        tokens, weight, position_weight=position, position_offset=torch.tensor([2]), padding_idx=0, backend=backend
+    )
+    dweight, dposition = torch.autograd.grad(y, (weight, position), upstream)
+    expected = torch.zeros(vocabulary, 4).index_add_(0, tokens[0], upstream[0])
+    expected[0] = 0
+    assert torch.equal(dweight, expected)
+    assert torch.equal(dposition[2 : length + 2], upstream[0])
+    assert not dposition[:2].any()
+    assert not dposition[length + 2 :].any()
+
+
+def test_bits_do_not_depend_on_the_schedule(emulated_schedules):
+    t = harness.cast(make((1,), 300, 24, 120), torch.bfloat16)
+    t["input"] = text(30, 100, vocabulary=300)
+    upstream, starts = [torch.randn(30, 100, 24)], torch.randint(0, 20, (30,))
+    results = []
+    for _ in emulated_schedules():
+        outputs, gradients = harness.run_with_gradients(runner(starts), "simt", t, upstream)
+        results.append([*outputs, *gradients.values()])
+    harness.assert_same_bits(results, "the order in which threads run changes the result")
+
+
 def test_bits_do_not_depend_on_threads(restore_threads):
     t = harness.cast(make((8, 100), 300, 200, 120), torch.float32)
-    t["input"] = (torch.rand(8, 100) ** 4 * 300).long()  # a few tokens make up most of the text
+    t["input"] = text(8, 100, vocabulary=300)
     upstream = [torch.randn(8, 100, 200)]
     results = []
     for threads in (1, 2, 3):

@@ -184,6 +184,22 @@ def test_bits_do_not_depend_on_threads_or_batch_neighbours(restore_threads):
     harness.assert_same_bits([[results[0][0][4:5]], [alone]], "neighbours matter")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotated", [32, 16, 6])
+def test_bits_do_not_depend_on_alignment(rotated, interleaved, dtype, backend):
+    """Of the input, the tables, or the distance between rows: 16 bytes at once, or one element."""
+    cos, sin = (t.to(dtype) for t in ops.rotary_tables(9, rotated))
+    x, results = torch.randn(2, 3, 9, 32).to(dtype), []
+    for start, width in [(0, 32), (1, 32), (0, 33), (0, 40)]:
+        view = torch.empty(start + 2 * 3 * 9 * width, dtype=dtype)[start:].view(2, 3, 9, width)[..., :32]
+        results.append([ops.rotary(view.copy_(x), cos, sin, interleaved=interleaved, backend=backend)])
+    room = torch.empty(1 + cos.numel(), dtype=dtype)[1:].view(cos.shape)
+    results.append([ops.rotary(x, room.copy_(cos), sin, interleaved=interleaved, backend=backend)])
+    harness.assert_same_bits(results, "alignment changes the result")
+
+
 def test_float64_goes_to_the_reference_openly():
     t = make((2, 2, 3, 8), 8)
     ops.rotary(**t)
