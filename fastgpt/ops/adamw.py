@@ -427,3 +427,4 @@ _op_norm = registry.define(
     _fake_norm,
 )
 registry.owner("adamw", "cpu", "cpu", "all tensors in one call; the norm and clipping without writing gradients")
+registry.owner("adamw", "cuda", "cuda", "64 tensors a launch; the norm and clipping stay on the device")

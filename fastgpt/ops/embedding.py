@@ -383,3 +383,4 @@ _op_backward = registry.define(
     _fake_backward,
 )
 registry.owner("embedding", "cpu", "cpu", "token and position rows in one pass; sorted, deterministic backward")
+registry.owner("embedding", "cuda", "cuda", "token and position rows in one pass; sorted, deterministic backward")

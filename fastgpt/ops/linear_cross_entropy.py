@@ -558,3 +558,6 @@ _op_backward = registry.define(
     _fake_backward,
 )
 registry.owner("linear_cross_entropy", "cpu", "cpu", "never more than 32 MiB of logits in memory")
+registry.owner(
+    "linear_cross_entropy", "cuda", "cuda", "never more than 256 MiB of logits in memory, the gradient in their place"
+)
