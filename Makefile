@@ -12,7 +12,7 @@ export FASTGPT_SIMT ?= on
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format doctor clean
+.PHONY: help demo test test-slow gate bench lint format doctor clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test: $(READY) ## Run the tests (without those marked slow)
 
 test-slow: $(READY) ## Run the tests marked slow
 	$(BIN)/python -m pytest -q -m slow --benchmark-disable
+
+gate: $(READY) ## Check the compiled CUDA kernels against their budget (csrc/cuda/budget.toml)
+	@$(BIN)/fastgpt gate
 
 bench: $(READY) ## Time every operator and a training step against torch; writes results/
 	$(BIN)/fastgpt bench --results results

@@ -2,6 +2,7 @@
 //
 //   <kernel>(stream=0, allocate=, field=value, ...)   as fastgpt._C.cuda has them
 //   configure(order=, seed=, lazy_copies=, shared_limit=)   the schedule of all launches from now on
+//   launches()   [(kernel, threads of a block, bytes of dynamic shared memory, times)] of this process
 //   checked   whether this is the build that checks every access
 #include "bindings.h"
 #include "simt/check.h"
@@ -42,6 +43,12 @@ PYBIND11_MODULE(FASTGPT_SIMT_MODULE, m) {
       },
       py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0, py::arg("lazy_copies") = false,
       py::arg("shared_limit") = 99 * 1024);
+  m.def("launches", [] {
+    py::list out;
+    for (const simt::Launched& l : simt::launches())
+      out.append(py::make_tuple(l.kernel, l.threads, l.dynamic_shared, l.times));
+    return out;
+  });
 #if defined(SIMT_CHECKED)
   m.def("register_region", [](uintptr_t address, size_t bytes) {
     simt::check::add_region(reinterpret_cast<void*>(address), bytes, true);

@@ -1,6 +1,10 @@
 import itertools
+import json
 import os
+import shutil
+import sys
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -53,6 +57,27 @@ def every_schedule(request, own_schedule):
     """Runs a test once under each kind of schedule."""
     _schedule(request, request.param)
     return request.param
+
+
+# What the emulator launched in this run, for `fastgpt gate`: the dynamic shared memory of a kernel is in no cubin.
+LAUNCHES = Path(__file__).resolve().parents[1] / "build" / "launches"
+
+
+def pytest_sessionstart(session):
+    if "PYTEST_XDIST_WORKER" not in os.environ and not session.config.option.collectonly:
+        shutil.rmtree(LAUNCHES, ignore_errors=True)
+
+
+def pytest_sessionfinish(session):
+    shapes = {}
+    for name in ("fastgpt._simt", "fastgpt._simt_checked"):
+        if name in sys.modules:
+            for kernel, threads, dynamic_shared, _ in sys.modules[name].launches():
+                shapes.setdefault(kernel, set()).add((threads, dynamic_shared))
+    if shapes:
+        LAUNCHES.mkdir(parents=True, exist_ok=True)
+        path = LAUNCHES / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.json"
+        path.write_text(json.dumps({kernel: sorted(found) for kernel, found in sorted(shapes.items())}))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ LAYERS = [
     ("fastgpt.model", "fastgpt.data"),
     ("fastgpt.config", "fastgpt.train_config", "fastgpt.optim", "fastgpt.tokenizers"),
     ("fastgpt.ops",),
-    ("fastgpt.kernels", "fastgpt._C", "fastgpt.files"),
+    ("fastgpt.gpu", "fastgpt.kernels", "fastgpt._C", "fastgpt.files"),
 ]
 
 

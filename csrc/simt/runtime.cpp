@@ -6,6 +6,7 @@
 #include <cctype>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -97,7 +98,10 @@ struct Machine {
   alignas(1024) unsigned char shared[kSharedArena];
   bool failed = false;
   std::string failure;
+  std::map<std::tuple<std::string, unsigned, size_t>, uint64_t> launches;
 };
+
+std::mutex one_at_a_time;  // launches
 
 Machine& machine() {
   static const std::unique_ptr<Machine> only = [] {
@@ -336,13 +340,21 @@ void fail(const std::string& what) {
   __builtin_unreachable();
 }
 
+std::vector<Launched> launches() {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  std::vector<Launched> out;
+  for (const auto& [shape, times] : machine().launches)
+    out.push_back({std::get<0>(shape), std::get<1>(shape), std::get<2>(shape), times});
+  return out;
+}
+
 void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_shared, void (*body)(void*), void* closure,
             size_t closure_bytes) {
-  static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   Machine& m = machine();
   m.kernel = kernel;
   check_launch(grid, block, dynamic_shared);
+  ++m.launches[{kernel, static_cast<unsigned>(block.count()), dynamic_shared}];
   m.body = body;
   m.closure = closure;
   m.dynamic_shared = m.shared_used = dynamic_shared;

@@ -12,6 +12,7 @@
 #include <string_view>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 namespace simt {
 
@@ -78,6 +79,15 @@ std::string describe_current();  // "thread (1, 0, 0) of block (2, 0, 0)"
 
 void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_shared, void (*body)(void*), void* closure,
             size_t closure_bytes);
+
+// Every shape that a kernel was launched with in this process, apart from its grid.
+struct Launched {
+  std::string kernel;
+  unsigned threads;  // of a block
+  size_t dynamic_shared;
+  uint64_t times;
+};
+std::vector<Launched> launches();
 
 // "kernel_name<float, 4>" of a __PRETTY_FUNCTION__, without namespaces.
 std::string short_name(std::string_view pretty);

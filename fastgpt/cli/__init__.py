@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fastgpt.cli import bench, demo, doctor, generate, tokenize, train, train_tokenizer
+from fastgpt.cli import bench, demo, doctor, explain, gate, generate, tokenize, train, train_tokenizer
 
 app = typer.Typer(
     name="fastgpt",
@@ -18,6 +18,8 @@ app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("explain")(explain.explain)
+app.command("gate")(gate.gate)
 app.command("tokenize")(tokenize.tokenize)
 app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
 
