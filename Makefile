@@ -12,7 +12,7 @@ export FASTGPT_SIMT ?= on
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gate bench lint format doctor clean
+.PHONY: help demo test test-slow gate gpu bench lint format doctor clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test-slow: $(READY) ## Run the tests marked slow
 
 gate: $(READY) ## Check the compiled CUDA kernels against their budget (csrc/cuda/budget.toml)
 	@$(BIN)/fastgpt gate
+
+gpu: $(READY) ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; writes results/gpu.md
+	@$(BIN)/fastgpt gpu
 
 bench: $(READY) ## Time every operator and a training step against torch; writes results/
 	$(BIN)/fastgpt bench --results results

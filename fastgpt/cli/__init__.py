@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fastgpt.cli import bench, demo, doctor, explain, gate, generate, tokenize, train, train_tokenizer
+from fastgpt.cli import bench, demo, doctor, explain, gate, generate, gpu, predict, tokenize, train, train_tokenizer
 
 app = typer.Typer(
     name="fastgpt",
@@ -20,6 +20,8 @@ app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("explain")(explain.explain)
 app.command("gate")(gate.gate)
+app.command("predict")(predict.predict)
+app.command("gpu")(gpu.gpu)
 app.command("tokenize")(tokenize.tokenize)
 app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
 

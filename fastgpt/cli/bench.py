@@ -24,7 +24,7 @@ def bench(
     folder = ROOT / "benchmarks"
     if not folder.is_dir():
         raise typer.BadParameter("the benchmark suites live in a source checkout of fastgpt; this is an installed copy")
-    helpers = {"__init__", "conftest", "harness", "report"}
+    helpers = {"__init__", "conftest", "gpu", "harness", "report"}
     known = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in helpers}
     if unknown := [name for name in suites or () if name not in known]:
         raise typer.BadParameter(f"unknown suite {unknown[0]!r}; there are: {', '.join(known)}")

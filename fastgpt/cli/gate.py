@@ -9,6 +9,7 @@ import typer
 
 from fastgpt.cli.errors import plain_errors
 from fastgpt.cli.explain import BUDGET, compiled_kernels
+from fastgpt.files import atomic_write
 from fastgpt.gpu import budget, code, diagnosis
 from fastgpt.gpu.occupancy import ARCHITECTURES
 
@@ -40,7 +41,8 @@ def gate(
             measured = budget.measure(kernels, launches, limits)
             text = budget.render(limits.head, measured)
             before, limits = limits, budget.parse(text)
-            BUDGET.write_text(text)
+            with atomic_write(BUDGET) as file:
+                file.write(text)
             changed = sum(before.kernels.get(name) != new for name, new in limits.kernels.items())
             gone = len(before.kernels.keys() - limits.kernels.keys())
             print(f"wrote {BUDGET.relative_to(code.ROOT)}: {changed} kernels new or changed, {gone} gone")
