@@ -97,9 +97,10 @@ __global__ void __launch_bounds__(256)
 
 // --- gradients ---
 
-enum class Gradient { dkv, dk, dv, dq };
+// A number as a template argument, so that a kernel has one name whichever compiler prints it.
+enum Gradient : int { dkv, dk, dv, dq };
 
-template <class T_, int kDim_, Gradient kGradient>
+template <class T_, int kDim_, int kGradient>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_;
