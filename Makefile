@@ -51,7 +51,7 @@ doctor: $(READY) ## Print versions, instruction set, and which kernel runs what
 	@$(BIN)/fastgpt doctor
 
 clean: ## Remove the environment, builds and results (not runs/, where trained models lie)
-	rm -rf $(VENV) build dist results *.egg-info fastgpt/_C*.so
+	rm -rf $(VENV) build dist results *.egg-info fastgpt/_C*.so fastgpt/_simt*.so
 
 # Rebuilt when a native source or the dependencies change; Python sources need nothing, the installation is editable.
 $(READY): pyproject.toml constraints.txt $(NATIVE)
