@@ -13,6 +13,7 @@ namespace fastgpt::FASTGPT_ISA {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxLength = (1 << 30) - 1;  // so that no sum of a position, a shift and a window overflows
+constexpr int kStretch = 16;  // products of floats that are summed in a row; then the sums are
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // What no kernel here takes; ops.attention refuses it first, with better words.

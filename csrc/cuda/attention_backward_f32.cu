@@ -5,8 +5,7 @@
 // 4 rows x 2 columns of every 32 of dX += dS X' and dY += P Y'. 14 T S D flops a head. Chunks lie transposed in shared
 // memory, rows of 64 padded to 68: four rows of a column are one 16-byte access, in either product.
 //
-// Sums of products are made of 32 (S, dP, delta) or 64 (dX, dY) terms at a time: a single running sum of 256 loses more
-// than torch's GEMM does.
+// Products are summed kStretch at a time: one running sum loses more than torch's GEMM does.
 #include "cuda/attention_backward.cuh"
 
 namespace fastgpt::FASTGPT_ISA {
@@ -42,11 +41,14 @@ __global__ void __launch_bounds__(kDeltaRows)
       out[r * kColumns + lane] = inside ? out_rows(first + r)[column + lane] : 0.0f;
     }
     __syncthreads();
-    float part = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c)
-      part = fmaf(dout[threadIdx.x * kColumns + c], out[threadIdx.x * kColumns + c], part);
-    delta += part;
+    for (int stretch = 0; stretch < kChunk; stretch += kStretch) {
+      float part = 0.0f;
+#pragma unroll
+      for (int c = stretch; c < stretch + kStretch; ++c)
+        part = fmaf(dout[threadIdx.x * kColumns + c], out[threadIdx.x * kColumns + c], part);
+      delta += part;
+    }
   }
   float share = 0.0f;
   if (query < s.queries) {
@@ -124,21 +126,24 @@ __device__ inline void multiply_rows(float (&products)[4][4], const Rows<const f
     load_chunk(own_chunk, own, own_at, column);
     load_chunk(stream_chunk, stream, stream_at, column);
     __syncthreads();
-    float part[4][4] = {};
+#pragma unroll 1
+    for (int stretch = 0; stretch < kChunk; stretch += kStretch) {
+      float part[4][4] = {};
 #pragma unroll 8
-    for (int c = 0; c < kChunk; ++c) {
-      float x[4], y[4];
-      load_four(x, a + c * kPitch);
-      load_four(y, b + c * kPitch);
+      for (int c = stretch; c < stretch + kStretch; ++c) {
+        float x[4], y[4];
+        load_four(x, a + c * kPitch);
+        load_four(y, b + c * kPitch);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) part[i][j] = fmaf(x[i], y[j], part[i][j]);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) part[i][j] = fmaf(x[i], y[j], part[i][j]);
+        for (int j = 0; j < 4; ++j) products[i][j] += part[i][j];
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) products[i][j] += part[i][j];
   }
 }
 
@@ -155,27 +160,30 @@ __device__ inline void add_products(float (&sums)[kChunks][4][2], const float* w
     __syncthreads();
     load_chunk(stream_chunk, stream, stream_at, chunk * kChunk);
     __syncthreads();
-    float part[4][2] = {};
+#pragma unroll 1
+    for (int stretch = 0; stretch < kTile; stretch += kStretch) {
+      float part[4][2] = {};
 #pragma unroll 2
-    for (int c = 0; c < kTile; c += 4) {
-      float y0[4], y1[4];
-      load_four(y0, b + c);
-      load_four(y1, b + kPitch + c);
+      for (int c = stretch; c < stretch + kStretch; c += 4) {
+        float y0[4], y1[4];
+        load_four(y0, b + c);
+        load_four(y1, b + kPitch + c);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        float x[4];
-        load_four(x, a + (c + k) * kPitch);
+        for (int k = 0; k < 4; ++k) {
+          float x[4];
+          load_four(x, a + (c + k) * kPitch);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          part[i][0] = fmaf(x[i], y0[k], part[i][0]);
-          part[i][1] = fmaf(x[i], y1[k], part[i][1]);
+          for (int i = 0; i < 4; ++i) {
+            part[i][0] = fmaf(x[i], y0[k], part[i][0]);
+            part[i][1] = fmaf(x[i], y1[k], part[i][1]);
+          }
         }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[chunk][i][0] += part[i][0];
-      sums[chunk][i][1] += part[i][1];
+      for (int i = 0; i < 4; ++i) {
+        sums[chunk][i][0] += part[i][0];
+        sums[chunk][i][1] += part[i][1];
+      }
     }
   }
 }

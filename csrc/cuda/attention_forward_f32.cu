@@ -6,8 +6,8 @@
 // One block of two threads a row takes a tile of packed rows. A warp has 16 rows: lane 8 g + c holds rows g, g + 4,
 // g + 8, g + 12 and of every eight keys, or chunks of four columns, number c. Sums of products run over four floats of
 // a row at a time, read from shared memory by 16-byte accesses; weights pass through shared memory, inside the warp.
-// K and V have one tile each, and the next K comes while the weights multiply V. Dot products are summed
-// in stretches of 32, in the very order of attention_backward_f32.cu: the scores that it recomputes are then those that
+// K and V have one tile each, and the next K comes while the weights multiply V. Dot products are summed in stretches,
+// in the very order of attention_backward_f32.cu: the scores that it recomputes are then those that
 // the log-sum-exp saved here was made of, bit for bit.
 #include "cuda/attention_forward.cuh"
 
@@ -24,7 +24,6 @@ struct Shape {
 };
 
 constexpr int kOwnRows = 4;  // a lane's rows
-constexpr int kStretch = 32;  // products summed in a row, as in the backward
 
 __device__ inline void multiply_add(float& sum, const Pack<float>& a, const Pack<float>& b) {
 #pragma unroll
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
 #pragma unroll 1
       for (int stretch = 0; stretch < kDim; stretch += kStretch) {
         float part[kOwnRows][kOwnKeys] = {};
-#pragma unroll 4
+#pragma unroll 2
         for (int d = stretch; d < stretch + kStretch; d += 4) {
           Pack<float> a[kOwnRows];
 #pragma unroll
