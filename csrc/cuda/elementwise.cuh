@@ -18,9 +18,10 @@ inline dim3 elementwise_block(int64_t rows, int64_t cells) {
   return {x, kElementwiseThreads / x};
 }
 
-// The grid of such blocks: strips of columns in x, in y rows up to what a grid may have; then a thread takes several.
+// The grid of such blocks: strips of columns in x; in y enough to fill any device, and a thread takes every so many
+// rows.
 inline dim3 elementwise_grid(int64_t rows, int64_t cells, dim3 block) {
-  constexpr int64_t most = 65535;
+  constexpr int64_t most = 2048;
   const int64_t y = ceil_div(rows, block.y);
   return {static_cast<unsigned>(ceil_div(cells, block.x)), static_cast<unsigned>(y < most ? y : most)};
 }

@@ -178,6 +178,11 @@ def test_widths_and_rows(shape, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_more_rows_than_a_grid_has_at_once(backend):
+    harness.check(runner("tanh"), make((16400, 33)), torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("moved", ["input", "bias"])
 def test_misaligned_views(moved, dtype, backend):

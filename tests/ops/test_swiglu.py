@@ -74,6 +74,11 @@ def test_slices_aligned_and_not(width, dtype, backend):
         harness.check(run, {name: t.detach().requires_grad_() for name, t in parts.items()}, dtype, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_rows_than_a_grid_has_at_once(backend):
+    harness.check(run, make((16400, 33), False), torch.float32, backend)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_bits_do_not_depend_on_the_schedule(packed):
     t = harness.cast(make((33, 80), packed), torch.float32)
