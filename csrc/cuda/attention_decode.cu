@@ -23,7 +23,7 @@ struct Shape {
   static constexpr int kWarps = kDim == 256 ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kKeys = kDim == 64 ? 32 : 16;  // of a warp's tile
-  static constexpr bool kHoldQ = kDim <= 128;
+  static constexpr int kResident = kDim == 64 ? 3 : 2;  // blocks an SM, at least, by registers
   static constexpr int kTileElements = kKeys * kDim;
   static constexpr int kWarpElements = 4 * kTileElements;  // two stages of K and V
   static constexpr int kResultStride = kDim + 8;  // floats; eight rows' pairs of columns then lie in different banks
@@ -42,8 +42,9 @@ struct Rescale {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(Shape<kDim>::kThreads)
-    attention_decode_kernel(const AttentionForward p, const Partials partials, const int tiles, const bool aligned) {
+__global__ void __launch_bounds__(Shape<kDim>::kThreads, Shape<kDim>::kResident)
+    attention_decode_kernel(const AttentionForward p, const Partials partials, const int tiles, const int group,
+                            const bool aligned) {
   using Sizes = Shape<kDim>;
   constexpr int kWarps = Sizes::kWarps, kKeys = Sizes::kKeys, kTileElements = Sizes::kTileElements;
   FASTGPT_SHARED_DYNAMIC(T, q_tile);
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
   const int head_index = blockIdx.x / tiles, kv_heads = static_cast<int>(p.kv_heads);
   const int batch = head_index / kv_heads, piece = blockIdx.y;
   const Sequence sequence = sequence_of(p, batch);
-  const PackedRows rows(p, sequence, batch, head_index % kv_heads);
+  const PackedRows rows = packed_rows(sequence, batch, head_index % kv_heads, group);
   const Band band = band_of(p, sequence);
   const int first_row = static_cast<int>(blockIdx.x % tiles) * kRows;
   if (first_row >= rows.count) return;
@@ -87,11 +88,6 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
 
   WarpAttention<T, kDim, 1, kKeys> warp;
   warp.clear();
-  [[maybe_unused]] uint32_t held_q[Sizes::kHoldQ ? kDim / 16 : 1][4];
-  if constexpr (Sizes::kHoldQ) {
-#pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) load_a<kDim>(held_q[step], q_tile, 0, 2 * step);
-  }
   for (int stage = 0; key < end; stage ^= 1) {
     const int next = key + kWarps * kKeys;
     ptx::cp_async_wait<0>();
@@ -101,14 +97,7 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
       ptx::cp_async_commit();
     }
     const T* const k_tile = tiles_of_warp + stage * 2 * kTileElements;
-    warp.multiply_keys(k_tile, [&](uint32_t (&a)[4], int, int step) {
-      if constexpr (Sizes::kHoldQ) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = held_q[step][i];
-      } else {
-        load_a<kDim>(a, q_tile, 0, 2 * step);
-      }
-    });
+    warp.multiply_keys(k_tile, [&](uint32_t (&a)[4], int, int step) { load_a<kDim>(a, q_tile, 0, 2 * step); });
     if (has_options(p) || !band.sees_all(first_query, last_query + 1, key, key + kKeys))
       warp.apply_options(p, band, rows, own_row, key);
     else
@@ -195,15 +184,15 @@ constexpr int kCombineWarps = 4;
 // One warp a row: the pieces' maxima and sums first, a lane a piece, then o, 32 columns at once.
 template <class T>
 __global__ void __launch_bounds__(kCombineWarps* kWarp)
-    combine_kernel(const AttentionForward p, const Partials partials, const int dim) {
-  const int lane = threadIdx.x % kWarp, group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
+    combine_kernel(const AttentionForward p, const Partials partials, const int group, const int dim) {
+  const int lane = threadIdx.x % kWarp;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / kWarp;
   const int64_t rows_per_head = p.queries * group;
   const int head_index = static_cast<int>(index / rows_per_head), kv_heads = static_cast<int>(p.kv_heads);
   const int batch = head_index / kv_heads, row = static_cast<int>(index % rows_per_head);
   if (batch >= p.batch) return;
   const Sequence sequence = sequence_of(p, batch);
-  const PackedRows rows(p, sequence, batch, head_index % kv_heads);
+  const PackedRows rows = packed_rows(sequence, batch, head_index % kv_heads, group);
   if (row >= rows.count) return;
   const Band band = band_of(p, sequence);
   const int query = rows.query(row), length = split_length(p, sequence.keys);
@@ -237,7 +226,7 @@ Status combine_partials(const AttentionForward& p, Launch& launch, const Partial
   return dispatch_dtype(p.dtype, [&](auto t) -> Status {
     using T = typename decltype(t)::type;
     const auto blocks = static_cast<unsigned>(ceil_div(p.batch * p.heads * p.queries, kCombineWarps));
-    return launch.run<combine_kernel<T>>(blocks, kCombineWarps * kWarp, 0, p, partials, dim);
+    return launch.run<combine_kernel<T>>(blocks, kCombineWarps * kWarp, 0, p, partials, group_of(p), dim);
   });
 }
 
@@ -254,9 +243,9 @@ Status attention_decode(const AttentionForward& p, Launch& launch) {
         if (blocks > 0x7fffffff) return {Status::unsupported_shape, 0, blocks};
         if (partials.splits > 65535) return {Status::unsupported_shape, 0, partials.splits};
         const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(partials.splits));
-        const Status status =
-            launch.run<attention_decode_kernel<T, kDim>>(grid, Shape<kDim>::kThreads, Shape<kDim>::template kShared<T>,
-                                                         p, partials, static_cast<int>(tiles), all_aligned<T>(p));
+        const Status status = launch.run<attention_decode_kernel<T, kDim>>(
+            grid, Shape<kDim>::kThreads, Shape<kDim>::template kShared<T>, p, partials, static_cast<int>(tiles),
+            group_of(p), all_aligned<T>(p));
         return status.code == Status::ok ? combine_partials(p, launch, partials, kDim) : status;
       });
     }

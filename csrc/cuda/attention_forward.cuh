@@ -31,11 +31,6 @@ inline bool all_aligned(const AttentionForward& p) {
 struct PackedRows {
   int batch, kv_head, group, count;
 
-  __device__ PackedRows(const AttentionForward& p, const Sequence& s, int batch, int kv_head)
-      : batch(batch),
-        kv_head(kv_head),
-        group(static_cast<int>(p.heads) / static_cast<int>(p.kv_heads)),
-        count(s.queries * group) {}
   __device__ int query(int r) const { return r / group; }
   __device__ int head(int r) const { return kv_head * group + r % group; }
   // Of a row that is there or, past the end, of the last one: its options are looked up, its result is not used.
@@ -44,6 +39,11 @@ struct PackedRows {
     return row_options(p, batch, head(r), query(r));
   }
 };
+
+__device__ inline PackedRows packed_rows(const Sequence& s, int batch, int kv_head, int group) {
+  return {batch, kv_head, group, s.queries * group};
+}
+inline int group_of(const AttentionForward& p) { return static_cast<int>(p.heads / p.kv_heads); }
 
 // The address of row r of a [B, H, T, D] tensor, null past the end.
 template <class T>
@@ -157,7 +157,7 @@ __device__ inline RowEnd end_row(const AttentionForward& p, int head, float m, f
 template <class T>
 __device__ inline float finished(float o, const RowEnd& end) {
   if constexpr (sizeof(T) == 4) return o * end.factor / end.divisor;  // one rounding less
-  return o * (end.factor / end.divisor);
+  return o * __fdividef(end.factor, end.divisor);
 }
 
 // --- 16 x kBlocks rows of a warp, on tensor cores ---
@@ -202,7 +202,7 @@ struct WarpAttention {
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[block][n][e] = 0.0f;
-#pragma unroll
+#pragma unroll 4
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t a[kBlocks][4];
 #pragma unroll
@@ -309,32 +309,43 @@ struct WarpAttention {
     });
   }
 
+  // f(n, scores of keys 8 n + 2 t and 8 n + 2 t + 1 of the tile, options of their row) for all n and rows of the lane.
+  // The body is long, so it stands once per row, for n = 0, and the tile is turned under it.
+  template <class F>
+  __device__ void for_each_score(const AttentionForward& p, const PackedRows& rows, int row, F&& f) {
+    RowOptions options[kBlocks][2];
+    for_each_row([&](int block, int half) { options[block][half] = rows.options(p, row + 16 * block + 8 * half); });
+#pragma unroll 1
+    for (int n = 0; n < kKeys / 8; ++n) {
+      for_each_row(
+          [&](int block, int half) { f(n, s[block][0][2 * half], s[block][0][2 * half + 1], options[block][half]); });
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float first = s[block][0][e];
+#pragma unroll
+          for (int i = 0; i < kKeys / 8 - 1; ++i) s[block][i][e] = s[block][i + 1][e];
+          s[block][kKeys / 8 - 1][e] = first;
+        }
+    }
+  }
+
   // Scores from s = q . k with everything that may be asked.
   __device__ void apply_options(const AttentionForward& p, const Band& band, const PackedRows& rows, int row, int key) {
     const int column = key + threadIdx.x % 4 * 2;
-    for_each_row([&](int block, int half) {
-      const RowOptions options = rows.options(p, row + 16 * block + 8 * half);
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& score = s[block][n][2 * half + e];
-          score = final_score<T>(p, band, options, column + 8 * n + e, score);
-        }
+    for_each_score(p, rows, row, [&](int n, float& even, float& odd, const RowOptions& options) {
+      even = final_score<T>(p, band, options, column + 8 * n, even);
+      odd = final_score<T>(p, band, options, column + 8 * n + 1, odd);
     });
   }
 
   // Zeroes the weights that dropout drops (l keeps them).
   __device__ void drop(const AttentionForward& p, const PackedRows& rows, int row, int key) {
-    for_each_row([&](int block, int half) {
-      const RowOptions options = rows.options(p, row + 16 * block + 8 * half);
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        const uint32_t word = dropout_word(p, options, key / 8 + n, threadIdx.x % 4);
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (!dropout_keeps(p, word, e)) s[block][n][2 * half + e] = 0.0f;
-      }
+    for_each_score(p, rows, row, [&](int n, float& even, float& odd, const RowOptions& options) {
+      const uint32_t word = dropout_word(p, options, key / 8 + n, threadIdx.x % 4);
+      if (!dropout_keeps(p, word, 0)) even = 0.0f;
+      if (!dropout_keeps(p, word, 1)) odd = 0.0f;
     });
   }
 };

@@ -32,7 +32,7 @@ __device__ inline void multiply_add(float& sum, const Pack<float>& a, const Pack
 
 template <int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kThreads)
-    attention_forward_f32_kernel(const AttentionForward p, const Partials partials, const int tiles,
+    attention_forward_f32_kernel(const AttentionForward p, const Partials partials, const int tiles, const int group,
                                  const bool aligned) {
   using Sizes = Shape<kDim>;
   constexpr int kRows = Sizes::kRows, kThreads = Sizes::kThreads, kKeys = Sizes::kKeys;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
   const int tile = tiles - 1 - static_cast<int>(blockIdx.x % tiles);  // causal: the longest first
   const int batch = head_index / kv_heads, piece = blockIdx.y;
   const Sequence sequence = sequence_of(p, batch);
-  const PackedRows rows(p, sequence, batch, head_index % kv_heads);
+  const PackedRows rows = packed_rows(sequence, batch, head_index % kv_heads, group);
   const Band band = band_of(p, sequence);
   const int first_row = tile * kRows;
   if (first_row >= rows.count) return;
@@ -122,37 +122,58 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
           for (int j = 0; j < kOwnKeys; ++j) s[i][j] += part[i][j];
       }
 
-      const bool looked_up = has_options(p) || key < whole_begin || key + kKeys > whole_end;
+      if (has_options(p) || key < whole_begin || key + kKeys > whole_end) {
+        // The body is long, so it stands once per row, for j = 0, and the scores are turned under it.
+        RowOptions options[kOwnRows];
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i) options[i] = rows.options(p, first_row + own_tile_row + 4 * i);
+#pragma unroll 1
+        for (int j = 0; j < kOwnKeys; ++j)
+#pragma unroll
+          for (int i = 0; i < kOwnRows; ++i) {
+            const float score = final_score<float>(p, band, options[i], key + column + 8 * j, s[i][0]);
+#pragma unroll
+            for (int n = 0; n < kOwnKeys - 1; ++n) s[i][n] = s[i][n + 1];
+            s[i][kOwnKeys - 1] = score;
+          }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i)
+#pragma unroll
+          for (int j = 0; j < kOwnKeys; ++j) s[i][j] = __fmul_rn(s[i][j], static_cast<float>(p.scale));
+      }
+      float* const own_weights = weights + own_tile_row * Sizes::kWeightStride + column;
 #pragma unroll
       for (int i = 0; i < kOwnRows; ++i) {
-        const RowOptions options = rows.options(p, first_row + own_tile_row + 4 * i);
         float most = m[i];
 #pragma unroll
-        for (int j = 0; j < kOwnKeys; ++j) {
-          s[i][j] = looked_up ? final_score<float>(p, band, options, key + column + 8 * j, s[i][j])
-                              : __fmul_rn(s[i][j], static_cast<float>(p.scale));
-          most = fmaxf(most, s[i][j]);
-        }
+        for (int j = 0; j < kOwnKeys; ++j) most = fmaxf(most, s[i][j]);
 #pragma unroll
         for (int bits = 4; bits > 0; bits /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, bits));
         const float base = finite_or_zero(most), shrink = expf(m[i] - base);
         m[i] = most;
         float sum = 0.0f;
-        float* const to = weights + (own_tile_row + 4 * i) * Sizes::kWeightStride;
 #pragma unroll
         for (int j = 0; j < kOwnKeys; ++j) {
-          const int at = column + 8 * j;
           const float weight = expf(s[i][j] - base);
           sum += weight;
-          const bool kept = p.dropout_threshold == 0 ||
-                            dropout_keeps(p, dropout_word(p, options, key / 8 + j, column / 2), column % 2);
-          to[at] = kept ? weight : 0.0f;
+          own_weights[4 * i * Sizes::kWeightStride + 8 * j] = weight;
         }
         l[i] = l[i] * shrink + sum;
 #pragma unroll
         for (int c = 0; c < kOwnChunks; ++c)
 #pragma unroll
           for (int e = 0; e < 4; ++e) o[i][c][e] *= shrink;
+      }
+      if (p.dropout_threshold > 0) {
+#pragma unroll 1
+        for (int i = 0; i < kOwnRows; ++i) {
+          const RowOptions options = rows.options(p, first_row + own_tile_row + 4 * i);
+#pragma unroll 1
+          for (int j = 0; j < kOwnKeys; ++j)
+            if (!dropout_keeps(p, dropout_word(p, options, key / 8 + j, column / 2), column % 2))
+              own_weights[4 * i * Sizes::kWeightStride + 8 * j] = 0.0f;
+        }
       }
     }
     ptx::cp_async_wait<0>();
@@ -231,8 +252,9 @@ Status attention_forward_f32(const AttentionForward& p, Launch& launch) {
     if (blocks == 0) return {};
     if (blocks > 0x7fffffff) return {Status::unsupported_shape, 0, blocks};
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(partials.splits));
-    const Status status = launch.run<attention_forward_f32_kernel<kDim>>(
-        grid, Shape<kDim>::kThreads, Shape<kDim>::kShared, p, partials, static_cast<int>(tiles), all_aligned<float>(p));
+    const Status status =
+        launch.run<attention_forward_f32_kernel<kDim>>(grid, Shape<kDim>::kThreads, Shape<kDim>::kShared, p, partials,
+                                                       static_cast<int>(tiles), group_of(p), all_aligned<float>(p));
     return status.code == Status::ok ? combine_partials(p, launch, partials, kDim) : status;
   });
 }
