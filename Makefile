@@ -30,7 +30,10 @@ test-slow: $(READY) ## Run the tests marked slow
 gate: $(READY) ## Check the compiled CUDA kernels against their budget (csrc/cuda/budget.toml)
 	@$(BIN)/fastgpt gate
 
-gpu: $(READY) ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; writes results/gpu.md
+# The command itself compiles the CUDA side, for the GPU that is there alone.
+gpu: ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; writes results/gpu.md
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: this machine has no NVIDIA GPU (nvidia-smi finds none), so nothing was built or measured"; exit 1; }
+	@FASTGPT_CUDA=off $(MAKE) --no-print-directory $(READY)
 	@$(BIN)/fastgpt gpu
 
 bench: $(READY) ## Time every operator and a training step against torch; writes results/
