@@ -100,17 +100,21 @@ def check_seed(op: str, seed: Tensor | None, query: Tensor, threshold: int) -> T
     return seed.reshape(1)
 
 
-def refusal(query: Tensor, value: Tensor, o: Options, sinks: Tensor | None, alibi: Tensor | None) -> str | None:
-    """Why the native kernels do not take a call, or None if they do."""
+def refusal(
+    query: Tensor, value: Tensor, o: Options, sinks: Tensor | None, alibi: Tensor | None
+) -> str | dict[str, str] | None:
+    """Why the native kernels do not take a call, or which of them do not; for ``registry.resolve``."""
     if query.shape[-1] > MAX_HEAD_DIM or value.shape[-1] > MAX_HEAD_DIM:
         return f"a head dim above {MAX_HEAD_DIM}"
+    if why := unsupported_dtype(query):
+        return why
     asked = {
         "softcap": o.softcap > 0.0,
         "dropout_p > 0": o.dropout_threshold > 0,
         "sinks": sinks is not None,
         "alibi_slopes": alibi is not None,
     }
-    return unsupported_dtype(query) or ", ".join(name for name, wanted in asked.items() if wanted) or None
+    return {"cpu": ", ".join(name for name, wanted in asked.items() if wanted)} if any(asked.values()) else None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
