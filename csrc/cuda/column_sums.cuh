@@ -44,6 +44,8 @@ struct ColumnSumsOut {
   DType dtype;
 };
 
+namespace {  // kernels are told apart by the file that they are compiled in
+
 // One block for 32 columns; thread (x, y) adds chunks y, y + kChunkLanes, ...
 constexpr int kColumnLanes = 32;
 template <int kChunkLanes>
@@ -67,6 +69,8 @@ __global__ void __launch_bounds__(kColumnLanes* kChunkLanes)
     case DType::f16: static_cast<f16*>(to)[col] = cast<f16>(sum[0]); break;
   }
 }
+
+}  // namespace
 
 // Writes the sums over all chunks of partial[chunks][kinds][cols]: kind 0 to `first`, kind 1 to `second`.
 inline Status write_column_sums(Launch& launch, const float* partial, int64_t chunks, int kinds, int64_t cols,

@@ -76,6 +76,8 @@ __device__ inline void sum_over_row(float (&sums)[kSums], float* partial) {
 
 // --- forward ---
 
+namespace {  // kernels are told apart by the file that they are compiled in
+
 template <bool kCentred, class T, bool kVector, class P>
 __global__ void __launch_bounds__(kMostThreads) norm_forward_kernel(const P p) {
   constexpr int kN = kCell<T, kVector>, kHeld = kForwardElements<kVector> / kN;
@@ -177,6 +179,8 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward_kernel(const P p) {
   }
 }
 
+}  // namespace
+
 template <bool kCentred, class T, class P>
 Status norm_forward(const P& p, Launch& launch) {
   if (p.cols > INT32_MAX) return {Status::unsupported_shape, 0, p.cols};
@@ -216,6 +220,8 @@ __device__ inline void add_to(float* sums, bool first, const float (&parts)[kN])
   }
   store_floats(sums, out);
 }
+
+namespace {
 
 // kinds: dweight, dbias or both, in this order; partial[chunk][kinds][cols].
 template <bool kCentred, class T, bool kVector, class P>
@@ -361,6 +367,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   if (p.dweight) store(0, weight_sums());
   if (want_bias) store(kCentred ? kElements : 0, bias_sums());
 }
+
+}  // namespace
 
 template <bool kCentred, class T, class P>
 Status norm_backward(const P& p, Launch& launch) {
