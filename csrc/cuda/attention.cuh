@@ -95,7 +95,7 @@ template <class Params>
 __device__ inline float capped(const Params& p, float score) {
   if (!(p.softcap > 0)) return score;
   const float cap = static_cast<float>(p.softcap);
-  return cap * tanhf(score / cap);
+  return __fmul_rn(cap, tanhf(score / cap));
 }
 
 // The options of query i of head (b, h).
@@ -113,12 +113,13 @@ __device__ inline RowOptions row_options(const Params& p, int b, int h, int i) {
   return row;
 }
 
-// What is added to the capped score of key j: the mask and ALiBi, -inf where the query does not see the key.
+// What is added to the capped score of key j: the mask and ALiBi, -inf where the query does not see the key. Products
+// are rounded on their own, so that the backward finds the score that the forward had, whatever a compiler contracts.
 template <class T, class Params>
 __device__ inline float score_bias(const Params& p, const Band& band, const RowOptions& row, int j) {
   if (!band.sees(row.query, j)) return -__builtin_inff();
   float bias = 0.0f;
-  if (p.alibi) bias = -row.slope * static_cast<float>(abs(row.query + band.keys - band.queries - j));
+  if (p.alibi) bias = -__fmul_rn(row.slope, static_cast<float>(abs(row.query + band.keys - band.queries - j)));
   if (p.mask) {
     const int64_t at = row.mask + j * p.mask_strides[3];
     if (p.mask_bool)
