@@ -213,10 +213,7 @@ struct Weights {
             const int own = row + 16 * atom + g + e / 2 * 8, stream = column + c + e % 2;
             const int i = kKeys ? stream : own, j = kKeys ? own : stream;
             float slope = 1.0f, score = weight * scale;
-            if (p.softcap > 0) {
-              score = capped(p, score);
-              slope = capped_slope(p, score);
-            }
+            if (p.softcap > 0) slope = cap_with_slope(p, score);
             RowOptions of_row = options;
             of_row.query = i;
             of_row.mask += i * p.mask_strides[2];

@@ -87,10 +87,11 @@ __device__ inline int group_size(const AttentionBackward& p) {
   return static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
 }
 
-// The derivative of capped() by its argument, from its result.
-__device__ inline float capped_slope(const AttentionBackward& p, float result) {
-  const float t = result / static_cast<float>(p.softcap);
-  return 1.0f - t * t;
+// Caps the score as capped() does; returns the derivative, 1 - tanh^2, which rounds less from the tangent itself.
+__device__ inline float cap_with_slope(const AttentionBackward& p, float& score) {
+  const float cap = static_cast<float>(p.softcap), t = tanhf(score / cap);
+  score = cap * t;
+  return fmaf(-t, t, 1.0f);
 }
 
 // What a row adds to -dsinks.

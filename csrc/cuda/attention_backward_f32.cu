@@ -243,10 +243,7 @@ __device__ inline void weigh(const AttentionBackward& p, const BackwardPlan& pla
       float& gradient = kKeys ? dp[m][n] : dp[n][m];
       float score = __fmul_rn(weight, scale), slope = 1.0f;
       if (!plain) {
-        if (p.softcap > 0) {
-          score = capped(p, score);
-          slope = capped_slope(p, score);
-        }
+        if (p.softcap > 0) slope = cap_with_slope(p, score);
         RowOptions of_row = options;
         of_row.query = i;
         of_row.mask += i * p.mask_strides[2];
