@@ -290,17 +290,19 @@ struct Sample {
   int64_t* token;           // [N]
   float* log_prob;          // [N]
   const void* logits;       // [N, V]
-  const double* reals;      // [1 or N, 6]: temperature, top_p, min_p, repetition, presence and frequency penalty
-  const int64_t* integers;  // [1 or N, 3]: top_k, seed, position
-  const int64_t* row;       // [1 or N], the row of the random number, or null: the index in the batch
+  const double* reals;      // [N, 6]: temperature, top_p, min_p, repetition, presence and frequency penalty; or null
+  const int64_t* integers;  // [N, 3]: top_k, seed, position; or null
+  const int64_t* row;       // [N], the row of the random number; or null
   const int64_t* previous;  // [N, L], -1 where there is none, or null
   const float* logit_bias;  // [N, V] or null
   int64_t rows, vocab, previous_count;
   int64_t logits_stride, bias_stride;         // elements from one row to the next
-  int64_t option_step, key_step, row_step;    // 0: one row of options for all; 1: a row each
+  double all_reals[6];                        // of all rows, where reals is null
+  int64_t all_integers[3];                    // of all rows, where integers is null
+  int64_t all_row;                            // of all rows, where row is null; -1: the index in the batch
   DType dtype;
   FASTGPT_FIELDS(token, log_prob, logits, reals, integers, row, previous, logit_bias, rows, vocab, previous_count,
-                 logits_stride, bias_stride, option_step, key_step, row_step, dtype)
+                 logits_stride, bias_stride, all_reals, all_integers, all_row, dtype)
 };
 
 // Turns the pairs of each head's first `rotated` dims by their position's angle: (x1, x2) -> (x1 cos - x2 sin,

@@ -92,6 +92,7 @@ def generate(
 
     Raises:
         ValueError, TypeError: an argument that is impossible; the message names it.
+        ValueError: the model's logits hold NaN or +inf, or no token is left to choose from.
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens!r} must be an int, at least 0")
@@ -145,6 +146,11 @@ def generate(
         )
         going = []
         for place, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
+            if token < 0:  # a kernel on a GPU cannot raise; on the CPU ops.sample has
+                raise ValueError(
+                    f"generate: no token can be drawn for prompts[{row.index}] at position {len(row.sequence)}: its "
+                    "logits, after penalties and bias, hold NaN or +inf, or all of them are -inf"
+                )
             reason = row.add(token, log_prob, stops, max_new_tokens, context)
             if stream is not None:
                 stream(row.index, token, row.piece)

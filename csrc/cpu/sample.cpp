@@ -44,6 +44,12 @@ struct Options {
 struct Keys {
   int64_t top_k, seed, position;
 };
+Options options_of(const Sample& p, int64_t row) {
+  return *reinterpret_cast<const Options*>(p.reals ? p.reals + row * 6 : p.all_reals);
+}
+Keys keys_of(const Sample& p, int64_t row) {
+  return *reinterpret_cast<const Keys*>(p.integers ? p.integers + row * 3 : p.all_integers);
+}
 
 // Buffers of one thread, each for a whole row. Pages that are not touched cost nothing.
 struct Scratch {
@@ -348,8 +354,8 @@ float log_share(float value, float best, double temperature, int64_t total) {
 
 // Draws from the row x, whose largest element is `best`.
 void draw(const Sample& p, int64_t row, const float* x, float best, Scratch& s) {
-  const Options o = reinterpret_cast<const Options*>(p.reals)[row * p.option_step];
-  const Keys keys = reinterpret_cast<const Keys*>(p.integers)[row * p.key_step];
+  const Options o = options_of(p, row);
+  const Keys keys = keys_of(p, row);
   Candidates from = {x, nullptr, p.vocab};
   if (o.temperature == 0) {
     p.token[row] = first_equal(x, p.vocab, best);
@@ -387,7 +393,7 @@ void draw(const Sample& p, int64_t row, const float* x, float best, Scratch& s) 
   }
   if (o.top_p < 1 || o.min_p > 0) total = filter(from, lowest, not_below(o.min_p), s.weight);
 
-  const uint32_t row_key = static_cast<uint32_t>(p.row ? p.row[row * p.row_step] : row);
+  const uint32_t row_key = static_cast<uint32_t>(p.row ? p.row[row] : p.all_row >= 0 ? p.all_row : row);
   const uint64_t random =
       uniform_bits(static_cast<uint64_t>(keys.seed), row_key, static_cast<uint64_t>(keys.position), kSampleStream);
   const int64_t target = static_cast<int64_t>(static_cast<unsigned __int128>(random) * total >> 64);
@@ -401,13 +407,12 @@ Status sample_row(const Sample& p, int64_t row, Scratch& s) {
   const T* logits = static_cast<const T*>(p.logits) + row * p.logits_stride;
   const float* bias = p.logit_bias ? p.logit_bias + row * p.bias_stride : nullptr;
   const bool as_it_is = sizeof(T) == sizeof(float) && !bias && !p.previous_count;
-  const Keys keys = reinterpret_cast<const Keys*>(p.integers)[row * p.key_step];
+  const Keys keys = keys_of(p, row);
   const int64_t vectors = group_vectors(p.vocab, keys.top_k < p.vocab ? keys.top_k : 0);
   Scan result;
   if (p.previous_count) {
     for_each_vector(p.vocab, [&](int64_t c, int64_t n) { store(s.x + c, load(logits + c, n), n); });
-    penalise(s.x, reinterpret_cast<const Options*>(p.reals)[row * p.option_step], p.previous + row * p.previous_count,
-             p.previous_count, s.counts);
+    penalise(s.x, options_of(p, row), p.previous + row * p.previous_count, p.previous_count, s.counts);
     result = scan(s.x, bias, bias ? s.x : nullptr, p.vocab, vectors, s.maxima);
   } else {
     result = scan(logits, bias, as_it_is ? nullptr : s.x, p.vocab, vectors, s.maxima);

@@ -22,6 +22,9 @@ One seed, one token, on every backend. A weight is an integer, the float32 expon
 sums do not depend on their order; that exponential is a fixed sequence of IEEE operations, none of them fused; the draw
 is integer arithmetic too. So the reference and the kernels pick the same token from the same bits, always, not almost
 always. A token less likely than 2^-43 of the most likely one has weight 0 and is never drawn.
+
+On a GPU nothing waits for the device: options given as numbers are checked here and travel with the launch, those given
+as CUDA tensors are checked by the kernel. A row that it must refuse gets token -1 and log_prob NaN; see ``sample``.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from fastgpt.ops import checks, native, philox, registry
 from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
 from fastgpt.ops.numerics import accumulate, as_rows
 
-# Columns of the two tables of options; csrc/cpu/sample.cpp reads them in this order.
+# Columns of the two tables of options; csrc/fastgpt.h's Sample has them in this order.
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("top_k", "seed", "position")
 
@@ -93,7 +96,8 @@ def sample(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value; logits or bias with NaN or +inf; a
             previous token outside the vocabulary; a row with no token left to choose from. The message names argument,
-            row and value.
+            row and value. The CUDA kernel cannot raise, since nobody waits for it: where it reads what is wrong from
+            device memory (logits, bias, previous tokens, options by row), that row gets token -1 and log_prob NaN.
     """
     checks.floating("sample", "logits", logits)
     single = logits.dim() == 1
@@ -136,7 +140,7 @@ def sample(
 
 
 def _column(name: str, value: float | Tensor, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One option as a tensor: (1,) when it is a number, (N,) when it is a tensor."""
+    """One option as a tensor: (N,) on ``device`` when it is a tensor; (1,) on the host when it is a number."""
     integer = dtype == torch.int64
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool or (integer and value.is_floating_point()):
@@ -146,7 +150,7 @@ def _column(name: str, value: float | Tensor, rows: int, device: torch.device, d
             raise ValueError(f"sample: {name} has shape {tuple(value.shape)}; it must be {(rows,)} (one value per row)")
         return value.detach().to(device, dtype).reshape(-1).expand(rows)
     _number(name, value, integer)
-    return torch.tensor([_as_int64(name, value) if integer else float(value)], dtype=dtype, device=device)
+    return torch.tensor([_as_int64(name, value) if integer else float(value)], dtype=dtype)
 
 
 def _number(name: str, value: object, integer: bool) -> None:
@@ -165,16 +169,18 @@ def _as_int64(name: str, value: float) -> int:
 def _table(
     values: tuple[float | Tensor, ...], names: tuple[str, ...], rows: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The options side by side, (N, len(names)); (1, len(names)) when all are numbers."""
+    """The options side by side, (N, len(names)) on ``device``; (1, len(names)) on the host when all are numbers."""
     if any(isinstance(value, Tensor) for value in values):
-        columns = [_column(*item, rows, device, dtype).expand(rows) for item in zip(names, values, strict=True)]
+        columns = [
+            _column(*item, rows, device, dtype).to(device).expand(rows) for item in zip(names, values, strict=True)
+        ]
         return torch.stack(columns, -1)
     integer = dtype == torch.int64
     for name, value in zip(names, values, strict=True):
         _number(name, value, integer)
     if integer:
         values = tuple(_as_int64(*item) for item in zip(names, values, strict=True))  # type: ignore[arg-type]
-    return torch.tensor([values], dtype=dtype, device=device)
+    return torch.tensor([values], dtype=dtype)
 
 
 def _previous(
@@ -202,10 +208,12 @@ def _previous(
     return tokens.to(device)
 
 
-def _check_values(reals: Tensor, integers: Tensor, row: Tensor | None, previous: Tensor | None, vocab: int) -> None:
+def _check_values(
+    reals: Tensor | None, integers: Tensor | None, row: Tensor | None, previous: Tensor | None, vocab: int
+) -> None:
     """Every option of every row is in its range. Values live in tensors, so this runs inside the operator."""
     infinity = math.inf
-    for i, (temperature, top_p, min_p, repetition, presence, frequency) in enumerate(reals.tolist()):
+    for i, (temperature, top_p, min_p, repetition, presence, frequency) in enumerate(_rows_of(reals)):
         if not 0 <= temperature < infinity:
             _refuse("temperature", temperature, i, reals, "finite and at least 0")
         if not 0 < top_p <= 1:
@@ -218,15 +226,14 @@ def _check_values(reals: Tensor, integers: Tensor, row: Tensor | None, previous:
             _refuse("presence_penalty", presence, i, reals, "finite")
         if not -infinity < frequency < infinity:
             _refuse("frequency_penalty", frequency, i, reals, "finite")
-    for i, (top_k, _, position) in enumerate(integers.tolist()):
+    for i, (top_k, _, position) in enumerate(_rows_of(integers)):
         if top_k < 0:
             _refuse("top_k", top_k, i, integers, "at least 0 (0 keeps every token)")
         if position < 0:
             _refuse("position", position, i, integers, "at least 0")
-    if row is not None:
-        for i, value in enumerate(row.tolist()):
-            if not 0 <= value < 2**32:
-                _refuse("row", value, i, row, "in [0, 2^32)")
+    for i, value in enumerate(_rows_of(row)):
+        if not 0 <= value < 2**32:
+            _refuse("row", value, i, row, "in [0, 2^32)")
     if previous is not None and previous.numel():
         low, high = torch.aminmax(previous)
         if low < -1 or high >= vocab:
@@ -237,8 +244,12 @@ def _check_values(reals: Tensor, integers: Tensor, row: Tensor | None, previous:
             )
 
 
-def _refuse(name: str, value: float, row: int, table: Tensor, allowed: str) -> None:
-    where = f"{name}={value}" if table.shape[0] == 1 else f"{name}[{row}]={value} (row {row})"
+def _rows_of(table: Tensor | None) -> list[Any]:
+    return [] if table is None else table.tolist()
+
+
+def _refuse(name: str, value: float, row: int, table: Tensor | None, allowed: str) -> None:
+    where = f"{name}={value}" if table is None or table.shape[0] == 1 else f"{name}[{row}]={value} (row {row})"
     raise ValueError(f"sample: {where}; it must be {allowed}")
 
 
@@ -307,7 +318,8 @@ def relative_weights(x: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
 def keys_of_rows(integers: Tensor, row: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """(seed, row, position), each (N,)."""
     _, seed, position = integers.expand(rows, -1).unbind(1)
-    return seed, torch.arange(rows, device=integers.device) if row is None else row.expand(rows), position
+    row = torch.arange(rows) if row is None else row
+    return seed, row.to(seed.device).expand(rows), position
 
 
 def reference(
@@ -323,6 +335,7 @@ def reference(
     _check_values(reals, integers, row, previous, vocab)
     if not rows:
         return logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32)
+    reals, integers = reals.to(logits.device), integers.to(logits.device)
     x = adjusted_logits(logits, reals, previous, logit_bias)
     temperature, top_p, min_p = reals.expand(rows, -1)[:, :3].unsqueeze(-1).unbind(1)
     top_k = integers.expand(rows, -1)[:, :1]
@@ -367,6 +380,7 @@ def torch_eager(
     _check_values(reals, integers, row, previous, vocab)
     if not rows:
         return logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32)
+    reals, integers = reals.to(logits.device), integers.to(logits.device)
     x = adjusted_logits(logits, reals, previous, logit_bias)
     temperature, top_p, min_p = reals.expand(rows, -1)[:, :3].to(x.dtype).unsqueeze(-1).unbind(1)
     top_k = integers.expand(rows, -1)[:, :1]
@@ -404,24 +418,23 @@ def _native(
     logit_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
-    _check_values(reals, integers, row, previous, vocab)
+    _check_values(_on_host(reals), _on_host(integers), _on_host(row), _on_host(previous), vocab)
     token = logits.new_empty(rows, dtype=torch.int64)
     log_prob = logits.new_empty(rows, dtype=torch.float32)
     if not rows:
         return token, log_prob
     x, logits_stride = as_rows(logits)
     bias, bias_stride = (None, 0) if logit_bias is None else as_rows(logit_bias)
-    reals, integers = reals.contiguous(), integers.contiguous()
-    row = None if row is None else row.contiguous()
+    by_row, for_all = zip(*(_by_row_or_for_all(t, rows, logits.device) for t in (reals, integers, row)), strict=True)
     previous = None if previous is None else previous.contiguous()
     try:
         kernels.sample(
             token=pointer(token),
             log_prob=pointer(log_prob),
             logits=pointer(x),
-            reals=pointer(reals),
-            integers=pointer(integers),
-            row=pointer(row),
+            reals=pointer(by_row[0]),
+            integers=pointer(by_row[1]),
+            row=pointer(by_row[2]),
             previous=pointer(previous),
             logit_bias=pointer(bias),
             rows=rows,
@@ -429,15 +442,29 @@ def _native(
             previous_count=0 if previous is None else previous.shape[1],
             logits_stride=logits_stride,
             bias_stride=bias_stride,
-            option_step=int(reals.shape[0] > 1),
-            key_step=int(integers.shape[0] > 1),
-            row_step=int(row is not None and row.shape[0] > 1),
+            all_reals=for_all[0] or [0.0] * len(_REALS),
+            all_integers=for_all[1] or [0] * len(_INTEGERS),
+            all_row=-1 if for_all[2] is None else for_all[2],
             dtype=DTYPES[logits.dtype],
         )
     except ValueError:
         adjusted_logits(logits, reals, previous, logit_bias)  # says which argument, row and value it was
         raise
     return token, log_prob
+
+
+def _on_host(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, unless a look at its values would have to wait for a device."""
+    return tensor if tensor is not None and tensor.device.type == "cpu" else None
+
+
+def _by_row_or_for_all(table: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor | None, Any]:
+    """What a kernel gets of a table of options: memory with a row for every row, or the values that hold for all."""
+    if table is None:
+        return None, None
+    if table.shape[0] == 1 and table.device.type == "cpu":
+        return None, table[0].tolist()
+    return table.to(device).expand(rows, *table.shape[1:]).contiguous(), None
 
 
 # --- registration ---

@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -13,6 +14,9 @@ from tests.ops.harness import ops
 BACKENDS = harness.backends("sample")
 EVERYONE = (*BACKENDS, "torch")
 HERE = harness.backends_here("sample")
+# The emulator is too slow for tens of thousands of draws, and its every bit is compared with the CPU's elsewhere.
+FAST = [backend for backend in EVERYONE if backend != "simt"]
+cuda_kernel = pytest.mark.skipif("simt" not in HERE, reason="this build has no emulator (FASTGPT_SIMT=on)")
 INF = math.inf
 
 FILTERS = [
@@ -56,12 +60,22 @@ def distribution(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 # --- the same token everywhere ---
 
 
+def assert_same_draws(backends, what, *args, **options):
+    """Every backend gives the first one's token, and its log_prob to the bit (but for a GPU's own logarithm)."""
+    expected, expected_log_prob = ops.sample(*args, **options, backend=backends[0])
+    for backend in backends[1:]:
+        token, log_prob = ops.sample(*args, **options, backend=backend)
+        assert torch.equal(token, expected), f"{what} {options}: {backend} draws other tokens than {backends[0]}"
+        if backend == "cuda":
+            torch.testing.assert_close(log_prob, expected_log_prob, atol=1e-7, rtol=2.4e-7)
+        else:
+            harness.assert_same_bits([[expected_log_prob], [log_prob]], f"{what} {options}: {backend}'s log_prob")
+
+
 @pytest.mark.parametrize("options", FILTERS)
 def test_kernel_and_reference_agree_on_every_bit_of_10000_draws(options):
     logits = torch.randn(10000, 65) * 3
-    harness.assert_same_bits(
-        [list(ops.sample(logits, seed=3, **options, backend=backend)) for backend in HERE], f"{options} differs"
-    )
+    assert_same_draws([b for b in HERE if b != "simt"], "", logits, seed=3, **options)
 
 
 @pytest.mark.parametrize("dtype", harness.FLOATS)
@@ -91,8 +105,84 @@ def test_every_instruction_set_gives_the_same_bits(isa, vocab, dtype):
 )
 def test_hostile_orders_and_ranges(logits):
     for options in FILTERS:
-        results = [list(ops.sample(logits.expand(2, -1), **options, backend=backend)) for backend in HERE]
-        harness.assert_same_bits(results, f"{options} differs")
+        assert_same_draws([b for b in HERE if b != "simt"], "", logits.expand(2, -1), **options)
+
+
+# --- the CUDA kernel, on the emulator ---
+
+
+def everything_for(rows, vocab):
+    """Penalties and a bias, which make the kernel work on a row of its own."""
+    return {"previous_tokens": torch.randint(-1, vocab, (rows, 40)), "logit_bias": torch.randn(vocab), **PENALTIES}
+
+
+@cuda_kernel
+@pytest.mark.parametrize("number", range(len(FILTERS)))
+def test_cuda_kernel_draws_the_same_tokens(number):
+    """Over all options 11,000 draws, dtypes and penalties in turn. Rows of odd length start at every alignment."""
+    dtype = harness.FLOATS[number % 3]
+    logits = (torch.randn(1000, 65) * 3).to(dtype)
+    extra = everything_for(1000, 65) if number % 2 else {}
+    assert_same_draws(["cpu", "simt"], dtype, logits, seed=number, **FILTERS[number], **extra)
+
+
+@cuda_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("options", FILTERS)
+def test_cuda_kernel_draws_the_same_10000_tokens(options, dtype, extra):
+    logits = (torch.randn(10000, 65) * 3).to(dtype)
+    assert_same_draws(["cpu", "simt"], dtype, logits, seed=5, **options, **(everything_for(10000, 65) if extra else {}))
+
+
+@cuda_kernel
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("vocab", [1, 2, 17, 512, 513, 1025, 8193, 50257])
+def test_cuda_kernel_on_any_vocabulary(vocab, dtype):
+    logits = (torch.randn(3, vocab) * 3).to(dtype)
+    filters = [*FILTERS[:: 4 if vocab > 5000 else 1], {"top_k": 2000, "top_p": 0.9}]
+    for options in (*filters, {"top_k": vocab - 1, "temperature": 1e30}):
+        for extra in ({}, everything_for(3, vocab)):
+            assert_same_draws(["cpu", "simt"], dtype, logits, **options, **extra)
+
+
+@cuda_kernel
+@pytest.mark.slow
+def test_cuda_kernel_on_a_million_tokens():
+    logits = torch.randn(1, 2**20)
+    for options in ({}, {"temperature": 0.0}, {"top_k": 50, "top_p": 0.9}, {"top_k": 30000}, {"top_p": 0.9}):
+        assert_same_draws(["cpu", "simt"], "", logits, **options)
+
+
+@cuda_kernel
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(9001),
+        torch.arange(9001.0) / 1e4,
+        -torch.arange(9001.0) / 1e4,
+        torch.randn(9001, generator=torch.Generator().manual_seed(1)) * 1e-4,
+        torch.where(torch.arange(9001) % 1000 == 7, torch.arange(9001) / 1e4, -1e30),
+        torch.where(torch.arange(9001) > 3, -INF, 1.0),
+        torch.tensor([-3e38, 3e38, 0.0, -0.0, 1e-45, -1e-45]),
+        torch.tensor([-0.0, 0.0, -1e-45, -0.0]),
+    ],
+    ids=["flat", "rising", "falling", "nearly flat", "masked", "four left", "extremes", "zeros"],
+)
+def test_cuda_kernel_when_too_many_survive_for_shared_memory(logits):
+    """Just over what the kernel can hold there, in orders and ranges that its bins and bounds were not made for."""
+    for options in (*FILTERS, {"top_k": 8500}, {"top_k": 8500, "top_p": 0.99, "temperature": 1e-30}):
+        assert_same_draws(["cpu", "simt"], "", logits.expand(2, -1), **options)
+
+
+@cuda_kernel
+def test_cuda_kernel_under_every_schedule(every_schedule):
+    for vocab in (300, 9001):
+        logits = (torch.randn(3, vocab) * 3).bfloat16()
+        for options in ({}, {"temperature": 0.0}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}, {"top_p": 0.95}):
+            assert_same_draws(["cpu", "simt"], "", logits, **options)
+            assert_same_draws(["cpu", "simt"], "", logits, **options, **everything_for(3, vocab))
 
 
 @pytest.mark.parametrize("options", FILTERS)
@@ -106,7 +196,7 @@ def test_plain_torch_draws_the_same_tokens(options):
 # --- the distribution ---
 
 
-@pytest.mark.parametrize("backend", EVERYONE)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("options", [o for o in FILTERS if o.get("temperature") != 0])
 def test_tokens_follow_the_exact_distribution(options, backend):
     logits = torch.randn(50) * 2
@@ -121,7 +211,7 @@ def test_tokens_follow_the_exact_distribution(options, backend):
         assert set(possible) <= set(token.tolist()), "something likely was never drawn"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in FAST])
 def test_draws_are_independent_over_neighbouring_rows_positions_and_seeds(backend):
     logits = torch.tensor([1.0, 0.0, 0.5, -1.0])
     exact = distribution(logits)
@@ -212,7 +302,7 @@ def test_greedy_takes_the_lowest_of_equals_and_reports_its_softmax(backend):
 # --- penalties, bias, Hugging Face ---
 
 
-@pytest.mark.parametrize("backend", EVERYONE)
+@pytest.mark.parametrize("backend", FAST)
 def test_penalties_by_hand(backend):
     logits = torch.tensor([[2.0, -1.0, 0.5, 3.0]])
     options = {"previous_tokens": [[0, 1, 0, -1]], **PENALTIES, "logit_bias": torch.tensor([0.0, 0.1, -INF, -9.0])}
@@ -402,17 +492,6 @@ def test_float64_goes_to_the_reference_openly():
         ({"logits": torch.ones(2, 8, 3)}, ValueError, r"logits has shape \(2, 8, 3\); it must be \(N, V\) or \(V,\)"),
         ({"logits": torch.ones(2, 0)}, ValueError, r"logits has shape \(2, 0\)"),
         ({"logits": torch.ones(1).expand(2, 2**20 + 1)}, ValueError, r"V from 1 to 1048576"),
-        ({"logits": torch.tensor([[0.0] * 8, [0, 0, 0, math.nan, 0, 0, 0, 0]])}, ValueError, r"logits\[1, 3\]=nan"),
-        ({"logits": torch.tensor([[0.0] * 7 + [INF], [0.0] * 8])}, ValueError, r"logits\[0, 7\]=inf \(row 0\)"),
-        ({"logits": torch.tensor([[0.0] * 8, [-INF] * 8])}, ValueError, r"row 1 of logits leaves no token"),
-        ({"logit_bias": torch.full((8,), -INF)}, ValueError, r"row 0 of logits leaves no token"),
-        ({"logit_bias": torch.tensor([0.0] * 7 + [INF])}, ValueError, r"logit_bias\[0, 7\]=inf"),
-        ({"logit_bias": torch.full((8,), math.nan)}, ValueError, r"logit_bias\[0, 0\]=nan"),
-        (
-            {"logits": torch.full((2, 8), 3e38), "logit_bias": torch.full((8,), 3e38)},
-            ValueError,
-            r"after penalties and",
-        ),
         ({"logit_bias": torch.ones(7)}, ValueError, r"logit_bias has shape \(7,\); it must be \(8,\) or \(2, 8\)"),
         ({"logit_bias": torch.ones(8, dtype=torch.int64)}, TypeError, r"logit_bias has dtype torch.int64"),
         ({"temperature": -0.1}, ValueError, r"temperature=-0.1; it must be finite and at least 0"),
@@ -421,9 +500,7 @@ def test_float64_goes_to_the_reference_openly():
         ({"temperature": "hot"}, TypeError, r"temperature must be a number or a tensor, not str \('hot'\)"),
         ({"temperature": True}, TypeError, r"temperature must be a number or a tensor, not bool"),
         ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \(3,\); it must be \(2,\)"),
-        ({"temperature": torch.tensor([1.0, -2.0])}, ValueError, r"temperature\[1\]=-2.0 \(row 1\)"),
         ({"top_p": 0.0}, ValueError, r"top_p=0.0; it must be in \(0, 1\]"),
-        ({"top_p": torch.tensor([0.5, 1.5])}, ValueError, r"top_p\[1\]=1.5 \(row 1\); it must be in \(0, 1\]"),
         ({"min_p": 1.1}, ValueError, r"min_p=1.1; it must be in \[0, 1\]"),
         ({"repetition_penalty": 0}, ValueError, r"repetition_penalty=0.0; it must be finite and above 0"),
         ({"presence_penalty": INF}, ValueError, r"presence_penalty=inf; it must be finite"),
@@ -431,14 +508,10 @@ def test_float64_goes_to_the_reference_openly():
         ({"top_k": -1}, ValueError, r"top_k=-1; it must be at least 0"),
         ({"top_k": 5.0}, TypeError, r"top_k must be an int or a tensor, not float \(5.0\)"),
         ({"top_k": torch.tensor([1.0, 2.0])}, TypeError, r"top_k has dtype torch.float32; it must be an integer dtype"),
-        ({"top_k": torch.tensor([5, -2])}, ValueError, r"top_k\[1\]=-2 \(row 1\)"),
         ({"seed": 2**64}, ValueError, r"seed=18446744073709551616; it must fit into 64 bits"),
         ({"seed": 1.5}, TypeError, r"seed must be an int or a tensor, not float"),
         ({"position": -1}, ValueError, r"position=-1; it must be at least 0"),
         ({"row": -1}, ValueError, r"row=-1; it must be in \[0, 2\^32\)"),
-        ({"row": torch.tensor([0, 2**32])}, ValueError, r"row\[1\]=4294967296"),
-        ({"previous_tokens": torch.tensor([[0, 1], [8, 0]])}, ValueError, r"previous_tokens\[1, 0\]=8; .* \[0, 8\)"),
-        ({"previous_tokens": [[-2], []]}, ValueError, r"previous_tokens\[0, 0\]=-2"),
         ({"previous_tokens": torch.zeros(2, 3)}, TypeError, r"previous_tokens has dtype torch.float32"),
         ({"previous_tokens": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"shape \(3, 1\); it must be \(2, L\)"),
     ],
@@ -446,6 +519,61 @@ def test_float64_goes_to_the_reference_openly():
 def test_errors_name_argument_row_and_value(change, error, message, backend):
     with pytest.raises(error, match=message):
         ops.sample(**{"logits": torch.zeros(2, 8), "backend": backend, **change})
+
+
+# Values in tensors, the message, the bad rows: refused, unless the tensors lie on a GPU, where nobody waits for them.
+BAD_OPTIONS = [
+    ({"temperature": torch.tensor([1.0, -2.0])}, r"temperature\[1\]=-2.0 \(row 1\)", [1]),
+    ({"top_p": torch.tensor([0.5, 1.5])}, r"top_p\[1\]=1.5 \(row 1\); it must be in \(0, 1\]", [1]),
+    ({"top_k": torch.tensor([5, -2])}, r"top_k\[1\]=-2 \(row 1\)", [1]),
+    ({"row": torch.tensor([0, 2**32])}, r"row\[1\]=4294967296", [1]),
+    ({"previous_tokens": torch.tensor([[0, 1], [8, 0]])}, r"previous_tokens\[1, 0\]=8; .* \[0, 8\)", [1]),
+    ({"previous_tokens": [[-2], []]}, r"previous_tokens\[0, 0\]=-2", [0]),
+]
+# The same, but only the kernel sees them.
+BAD_LOGITS = [
+    ({"logits": torch.tensor([[0.0] * 8, [0, 0, 0, math.nan, 0, 0, 0, 0]])}, r"logits\[1, 3\]=nan", [1]),
+    ({"logits": torch.tensor([[0.0] * 7 + [INF], [0.0] * 8])}, r"logits\[0, 7\]=inf \(row 0\)", [0]),
+    ({"logits": torch.tensor([[0.0] * 8, [-INF] * 8])}, r"row 1 of logits leaves no token", [1]),
+    ({"logit_bias": torch.full((8,), -INF)}, r"row 0 of logits leaves no token", [0, 1]),
+    ({"logit_bias": torch.tensor([0.0] * 7 + [INF])}, r"logit_bias\[0, 7\]=inf", [0, 1]),
+    ({"logit_bias": torch.full((8,), math.nan)}, r"logit_bias\[0, 0\]=nan", [0, 1]),
+    ({"logits": torch.full((2, 8), 3e38), "logit_bias": torch.full((8,), 3e38)}, r"after penalties and", [0, 1]),
+]
+
+
+def assert_marked(backend, change, bad):
+    """Token -1 and log_prob NaN in the bad rows; the others are drawn as if those were not there."""
+    token, log_prob = ops.sample(**{"logits": torch.zeros(2, 8), "backend": backend, **change})
+    assert [t < 0 for t in token.tolist()] == log_prob.isnan().tolist() == [i in bad for i in range(2)]
+    assert all(t == -1 for t in token[bad])
+
+
+@pytest.mark.parametrize("backend", EVERYONE)
+@pytest.mark.parametrize(("change", "message", "bad"), BAD_OPTIONS)
+def test_bad_options_by_row(change, message, bad, backend):
+    if backend == "cuda":
+        assert_marked(backend, change, bad)
+    else:
+        with pytest.raises(ValueError, match=message):
+            ops.sample(**{"logits": torch.zeros(2, 8), "backend": backend, **change})
+
+
+@cuda_kernel
+@pytest.mark.parametrize(("change", "message", "bad"), BAD_OPTIONS)
+def test_bad_options_in_device_memory_reach_nobody_but_their_row(change, message, bad, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastgpt.ops.sample"), "_on_host", lambda tensor: None)
+    assert_marked("simt", change, bad)
+
+
+@pytest.mark.parametrize("backend", EVERYONE)
+@pytest.mark.parametrize(("change", "message", "bad"), BAD_LOGITS)
+def test_bad_logits(change, message, bad, backend):
+    if backend in ("cuda", "simt"):
+        assert_marked(backend, change, bad)
+    else:
+        with pytest.raises(ValueError, match=message):
+            ops.sample(**{"logits": torch.zeros(2, 8), "backend": backend, **change})
 
 
 LIMITS = {
@@ -473,6 +601,8 @@ def test_any_option_is_taken_or_refused_by_name(name, value, by_row):
             token, log_prob = ops.sample(logits, **{name: option}, backend=backend)
             assert ((token >= 0) & (token < 8)).all()
             assert ((log_prob <= 1e-6) & (log_prob > -1e30)).all()
+        elif by_row and backend == "cuda":
+            assert_marked(backend, {"logits": logits, name: option}, [1])
         else:
             with pytest.raises(ValueError, match=rf"sample: {name}.*{'row 1' if by_row else ''}.*it must be"):
                 ops.sample(logits, **{name: option}, backend=backend)

@@ -209,6 +209,8 @@ _sample("greedy", 123, torch.float32, temperature=0.0)
 _sample("plain", 1001, torch.bfloat16)
 _sample("top-k", 515, torch.float32, top_k=7)
 _sample("top-p", 700, torch.float16, top_p=0.9)
+_sample("too many for shared memory", 9001, torch.bfloat16, top_k=8500, top_p=0.99)
+_sample("options by row", 65, torch.float16, temperature=torch.tensor([0.0, 0.5, 2.0]), top_k=torch.tensor([0, 3, 99]))
 _sample(
     "everything", 1025, torch.float32, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2,
     presence_penalty=0.1, frequency_penalty=0.1, previous_tokens=torch.tensor([[3, 5, 5], [1, 0, -1], [7, 7, 7]]),
