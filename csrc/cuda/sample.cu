@@ -53,7 +53,7 @@ struct Keys {
 
 // What a row's options come to. Thread 0 works it out: on many GPUs a block-wide double division takes microseconds.
 struct Plan {
-  bool valid, greedy;
+  int valid, greedy;  // 0 or 1: one byte each would be stored byte by byte
   int top_k;  // 0: off
   double top_p;  // 1: off
   float scale;  // log2(e) / temperature

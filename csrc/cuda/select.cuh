@@ -104,7 +104,7 @@ __device__ inline Part part_of(int begin, int end, int warp) {
 
 struct Bins {
   uint32_t low[kBins], high[kBins];  // sums of 64 bits: shared memory adds 32 at a time
-  uint64_t total, left;              // what find() found
+  uint64_t total, left;  // what find() found
   int bin;
   int count;  // of elements that wanted a place in a list
 };
@@ -144,7 +144,11 @@ __device__ inline void find(Bins& bins, Needed&& needed_of) {
     const auto sum_of = [&](int bin) { return uint64_t{bins.high[bin]} << 32 | bins.low[bin]; };
     const int lane = lane_index(), first = lane * kBinsPerLane;
     uint64_t mine = 0;
-    for (int i = 0; i < kBinsPerLane; ++i) mine += sum_of(first + i);
+#pragma unroll
+    for (int i = 0; i < kBinsPerLane; i += 4) {
+      const uint4 low = load16(&bins.low[first + i]), high = load16(&bins.high[first + i]);
+      mine += uint64_t{low.x} + low.y + low.z + low.w + ((uint64_t{high.x} + high.y + high.z + high.w) << 32);
+    }
     uint64_t so_far = mine;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {

@@ -490,3 +490,4 @@ _op = registry.define(
     _fake,
 )
 registry.owner("sample", "cpu", "cpu", "thresholds by radix selection, no sort; the same token as the reference")
+registry.owner("sample", "cuda", "cuda", "one launch, thresholds by selection, no sort; the same token as the CPU")
