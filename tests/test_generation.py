@@ -288,3 +288,17 @@ def test_no_gradients_and_the_model_is_left_alone():
 def test_bad_arguments(prompts, options, error, message):
     with pytest.raises(error, match=message):
         generate(make(), prompts, **{"max_new_tokens": 2, **options})
+
+
+def test_a_token_that_a_gpu_could_not_draw_is_an_error(monkeypatch):
+    """The CUDA kernel cannot raise: it gives token -1, which must not become part of a text."""
+    model = make()
+    sample = model.ops.sample
+
+    def third_fails(logits, **options):
+        tokens, log_probs = sample(logits, **options)
+        return (torch.full_like(tokens, -1), log_probs) if options["position"] == 4 else (tokens, log_probs)
+
+    monkeypatch.setattr(model.ops, "sample", third_fails)
+    with pytest.raises(ValueError, match=r"no token can be drawn for prompts\[0\] at position 4: its logits"):
+        generate(model, [[1, 2]], 5)
