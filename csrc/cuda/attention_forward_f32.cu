@@ -31,7 +31,7 @@ __device__ inline void multiply_add(float& sum, const Pack<float>& a, const Pack
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(Shape<kDim>::kThreads)
+__global__ void __launch_bounds__(Shape<kDim>::kThreads, 2)
     attention_forward_f32_kernel(const AttentionForward p, const Partials partials, const int tiles, const int group,
                                  const bool aligned) {
   using Sizes = Shape<kDim>;
