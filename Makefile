@@ -12,7 +12,7 @@ export FASTGPT_SIMT ?= on
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gate gpu bench lint format doctor clean
+.PHONY: help demo test test-slow mutate gate gpu bench lint format doctor clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ gpu: ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; write
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: this machine has no NVIDIA GPU (nvidia-smi finds none), so nothing was built or measured"; exit 1; }
 	@FASTGPT_CUDA=off $(MAKE) --no-print-directory $(READY)
 	@$(BIN)/fastgpt gpu
+
+mutate: $(READY) ## Plant known bugs in the CUDA kernels, one at a time: the tests must notice each
+	$(BIN)/python -m tests.mutation -j $(JOBS)
 
 bench: $(READY) ## Time every operator and a training step against torch; writes results/
 	$(BIN)/fastgpt bench --results results
