@@ -58,7 +58,13 @@ def test_imports_run_one_way(module, path):
 
 SLICES = ("fastgpt/ops/{}.py", "csrc/cpu/{}.cpp", "tests/ops/test_{}.py", "docs/ops/{}.md", "benchmarks/{}.py")
 # What an operator does without, and why.
-WITHOUT = {"csrc/cpu/linear_cross_entropy.cpp": "cross_entropy's kernel on chunks of logits; the GEMMs are torch's"}
+WITHOUT = {
+    "csrc/cpu/attention_varlen.cpp": "attention's kernel, one sequence after the other",
+    "csrc/cpu/attention_with_kvcache.cpp": "attention's kernel, one sequence after the other",
+    "docs/ops/attention_varlen.md": "on attention's page",
+    "docs/ops/attention_with_kvcache.md": "on attention's page",
+    "csrc/cpu/linear_cross_entropy.cpp": "cross_entropy's kernel on chunks of logits; the GEMMs are torch's",
+}
 
 
 @pytest.mark.parametrize("op", registry.operators())

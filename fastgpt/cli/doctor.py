@@ -37,6 +37,9 @@ def cases() -> dict[str, Case]:
     def randint(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
+    def int32(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
     cos, sin = ops.rotary_tables(40, 24, dtype=torch.float64)
     state = {"param": randn(33, 7), "grad": randn(33, 7), "exp_avg": randn(33, 7), "exp_avg_sq": randn(33, 7).square()}
 
@@ -51,6 +54,18 @@ def cases() -> dict[str, Case]:
         "attention": Case(
             lambda backend, q, k, v: ops.attention(q, k, v, is_causal=True, enable_gqa=True, backend=backend),
             {"q": randn(2, 4, 37, 24), "k": randn(2, 2, 37, 24), "v": randn(2, 2, 37, 24)},
+        ),
+        "attention_varlen": Case(
+            lambda backend, q, k, v, ends: ops.attention_varlen(
+                q, k, v, ends, ends, 32, 32, is_causal=True, backend=backend
+            ),
+            {"q": randn(67, 4, 24), "k": randn(67, 2, 24), "v": randn(67, 2, 24), "ends": int32(0, 5, 35, 67)},
+        ),
+        "attention_with_kvcache": Case(  # which has no gradient
+            lambda backend, q, k, v, lengths: ops.attention_with_kvcache(
+                q.detach(), k.detach(), v.detach(), lengths, is_causal=True, backend=backend
+            ),
+            {"q": randn(3, 2, 4, 24), "k": randn(3, 40, 2, 24), "v": randn(3, 40, 2, 24), "lengths": int32(40, 7, 19)},
         ),
         "cross_entropy": Case(
             lambda backend, x, target: ops.cross_entropy(x, target, label_smoothing=0.1, backend=backend),
@@ -134,8 +149,8 @@ def doctor() -> None:
     fastgpt.explain()
 
     table = Table(title="Error of the CPU kernels against float64")
-    for heading in ("operator", "dtype", "worst at", "error", "budget", ""):
-        table.add_column(heading, no_wrap=True)
+    for heading, width in (("operator", 8), ("dtype", 8), ("worst at", 8), ("error", 7), ("budget", 7), ("", 2)):
+        table.add_column(heading, no_wrap=True, min_width=width)  # a narrow terminal cuts the names, not the numbers
     sound = True
     for name, case in sorted(cases().items()):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -11,6 +11,8 @@ Every operator takes ``backend=``, one of
 
 from fastgpt.ops.adamw import adamw, grad_norm
 from fastgpt.ops.attention import attention
+from fastgpt.ops.attention_varlen import attention_varlen
+from fastgpt.ops.attention_with_kvcache import attention_with_kvcache
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import gelu
@@ -24,6 +26,8 @@ from fastgpt.ops.swiglu import swiglu
 __all__ = [
     "adamw",
     "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
     "cross_entropy",
     "embedding",
     "gelu",

@@ -502,3 +502,6 @@ _op_backward = registry.define(
     _fake_backward,
 )
 registry.owner("attention", "cpu", "cpu", "online softmax, never an L x S matrix; deterministic gradients")
+registry.owner(
+    "attention", "cuda", "cuda", "tiles on tensor cores, every option fused; deterministic without workspace"
+)

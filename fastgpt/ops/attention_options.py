@@ -100,6 +100,36 @@ def check_seed(op: str, seed: Tensor | None, query: Tensor, threshold: int) -> T
     return seed.reshape(1)
 
 
+def check_pairs(op: str, query: Tensor, names: tuple[str, str], key: Tensor, value: Tensor) -> None:
+    """Head counts and head dims of (..., heads, head dim) tensors fit; ``names`` are those of key and value."""
+    key_name, value_name = names
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"{op}: {key_name} has shape {tuple(key.shape)}; its last dimension must be {query.shape[-1]}, as in query"
+        )
+    if value.shape[:-1] != key.shape[:-1]:
+        expected = ", ".join(map(str, key.shape[:-1]))
+        raise ValueError(
+            f"{op}: {value_name} has shape {tuple(value.shape)}; it must be ({expected}, head dim), as {key_name} is"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{op}: {key_name} has {kv_heads} heads, which must divide query's {heads}")
+
+
+def check_indices(op: str, name: str, tensor: Tensor, query: Tensor, dims: int) -> None:
+    """``tensor`` holds int32 on query's device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, not {type(tensor).__name__}")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it must be torch.int32")
+    checks.same_device(op, name, tensor, "query", query)
+    if tensor.dim() != dims:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(tensor.shape)}; it must have {dims} dimension{'s' * (dims > 1)}"
+        )
+
+
 def refusal(
     query: Tensor, value: Tensor, o: Options, sinks: Tensor | None, alibi: Tensor | None
 ) -> str | dict[str, str] | None:
@@ -176,7 +206,7 @@ def fields(
     }
 
 
-# Of the forward kernel, without a cache.
+# The forward kernel's fields of a cache, where there is none.
 NO_CACHE: dict[str, Any] = {
     "cache_seqlens": None,
     "block_table": None,

@@ -100,6 +100,8 @@ _NO_EMULATOR = "the emulator is not in this build: build with FASTGPT_SIMT=on"
 # The kernels of operators that call others than <op>, <op>_forward and <op>_backward.
 _KERNELS_OF = {
     "adamw": ("adamw", "grad_norm"),
+    "attention_varlen": ("attention_forward", "attention_backward"),
+    "attention_with_kvcache": ("attention_forward",),
     "linear_cross_entropy": ("cross_entropy_forward", "cross_entropy_backward"),
 }
 
