@@ -56,14 +56,25 @@ def test_imports_run_one_way(module, path):
         assert theirs is None or theirs >= mine, f"{module} imports {name}, which lies above it"
 
 
-SLICES = ("fastgpt/ops/{}.py", "csrc/cpu/{}.cpp", "tests/ops/test_{}.py", "docs/ops/{}.md", "benchmarks/{}.py")
+SLICES = (
+    "fastgpt/ops/{}.py",
+    "csrc/cpu/{}.cpp",
+    "csrc/cuda/{}.cu",
+    "tests/ops/test_{}.py",
+    "docs/ops/{}.md",
+    "benchmarks/{}.py",
+)
 # What an operator does without, and why.
 WITHOUT = {
     "csrc/cpu/attention_varlen.cpp": "attention's kernel, one sequence after the other",
     "csrc/cpu/attention_with_kvcache.cpp": "attention's kernel, one sequence after the other",
+    "csrc/cpu/linear_cross_entropy.cpp": "cross_entropy's kernel on chunks of logits; the GEMMs are torch's",
+    "csrc/cuda/attention.cu": "too long for one file: attention_forward.cu, attention_backward.cu and others",
+    "csrc/cuda/attention_varlen.cu": "attention's kernels",
+    "csrc/cuda/attention_with_kvcache.cu": "attention's kernels",
+    "csrc/cuda/linear_cross_entropy.cu": "cross_entropy's kernel on chunks of logits; the GEMMs are torch's",
     "docs/ops/attention_varlen.md": "on attention's page",
     "docs/ops/attention_with_kvcache.md": "on attention's page",
-    "csrc/cpu/linear_cross_entropy.cpp": "cross_entropy's kernel on chunks of logits; the GEMMs are torch's",
 }
 
 
