@@ -82,11 +82,11 @@ __global__ void __launch_bounds__(kThreads) embedding_forward_kernel(const Embed
 
 // --- sorting tokens by row ---
 
-enum class Key { token, position };
+enum Key : int { token, position };  // a number as a template argument: one name whichever compiler prints it
 
 // keys[i] is the row of token order[i]; `rows` for one that counts for none, so that it comes last.
 // With positions of one start for all, the order is already that of the keys.
-template <Key key>
+template <int key>
 __global__ void __launch_bounds__(kThreads)
     embedding_keys_kernel(const EmbeddingBackward p, uint32_t* keys, int* order) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

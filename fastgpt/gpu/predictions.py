@@ -127,64 +127,64 @@ FORMULAS = (
     ),
     Formula(
         "layer_norm forward, + residual",
-        "layer_norm_forward*<bf16, bf16*",
+        "norm_forward_kernel<true, bf16, true, *",
         lambda s: Work(bytes=HALF * 4 * s.N * s.C + 2 * WORD * s.N, vector=8 * s.N * s.C),
     ),
     Formula(
         "layer_norm backward, + residual",
-        "layer_norm_backward*<bf16, bf16*",
+        "norm_backward_kernel<true, bf16, true, *",
         lambda s: Work(bytes=HALF * 4 * s.N * s.C + 2 * WORD * s.N, vector=14 * s.N * s.C),
     ),
     Formula(
         "rms_norm forward, + residual",
-        "rms_norm_forward*<bf16, bf16*",
+        "norm_forward_kernel<false, bf16, true, *",
         lambda s: Work(bytes=HALF * 4 * s.N * s.C + WORD * s.N, vector=6 * s.N * s.C),
     ),
     Formula(
         "rms_norm backward, + residual",
-        "rms_norm_backward*<bf16, bf16*",
+        "norm_backward_kernel<false, bf16, true, *",
         lambda s: Work(bytes=HALF * 4 * s.N * s.C + WORD * s.N, vector=11 * s.N * s.C),
     ),
     Formula(
         "gelu forward (tanh)",
-        "gelu_forward*<bf16*",
+        "gelu_forward_kernel<bf16, true*",
         lambda s: Work(bytes=HALF * 2 * s.N * s.F, vector=10 * s.N * s.F, special=2 * s.N * s.F),
     ),
     Formula(
         "gelu backward (tanh)",
-        "gelu_backward*<bf16*",
+        "gelu_backward_kernel<bf16, true*",
         lambda s: Work(bytes=HALF * 3 * s.N * s.F, vector=20 * s.N * s.F, special=2 * s.N * s.F),
     ),
     Formula(
         "swiglu forward",
-        "swiglu_forward*<bf16*",
+        "swiglu_forward_kernel<bf16, true*",
         lambda s: Work(bytes=HALF * 3 * s.N * s.F, vector=5 * s.N * s.F, special=2 * s.N * s.F),
     ),
     Formula(
         "swiglu backward",
-        "swiglu_backward*<bf16*",
+        "swiglu_backward_kernel<bf16, true*",
         lambda s: Work(bytes=HALF * 5 * s.N * s.F, vector=10 * s.N * s.F, special=2 * s.N * s.F),
     ),
     Formula(
         "rotary of q and k",
-        "rotary*<bf16*",
+        "rotary_kernel<bf16*",
         lambda s: Work(
             bytes=HALF * 2 * s.N * (s.H + s.KV) * s.D + WORD * s.T * s.D, vector=3 * s.N * (s.H + s.KV) * s.D
         ),
     ),
     Formula(
         "embedding forward",
-        "embedding_forward*<bf16*",
+        "embedding_forward_kernel<bf16*",
         lambda s: Work(bytes=HALF * 2 * s.N * s.C + 8 * s.N),
     ),
     Formula(
         "embedding backward",
-        "embedding_backward*<bf16*",
+        "embedding_rows_kernel<bf16*",
         lambda s: Work(bytes=HALF * (s.N + s.V) * s.C + 8 * s.N, vector=s.N * s.C),
     ),
     Formula(
         "cross_entropy forward and gradient, in place",
-        "cross_entropy_forward*<bf16*",
+        "cross_entropy_forward_kernel<bf16*",
         lambda s: Work(bytes=HALF * 2 * s.N * s.V + 8 * s.N, vector=6 * s.N * s.V, special=2 * s.N * s.V),
     ),
     Formula(
@@ -194,7 +194,7 @@ FORMULAS = (
     ),
     Formula(
         "adamw, all parameters, with float32 masters",
-        "adamw*",
+        "adamw_kernel*",
         lambda s: Work(bytes=(3 * HALF + 6 * WORD) * s.P, vector=15 * s.P, special=2 * s.P),
     ),
 )
