@@ -281,6 +281,15 @@ __device__ inline void multiply_stream(float (&sums)[Shape::kAtoms][Shape::kDim 
   }
 }
 
+// `p`, known to lie in global memory: for sm_100 and sm_120 nvcc loses sight of that, and would emit generic stores.
+template <class T>
+__device__ inline T* in_global(T* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // Writes the block's sums, times `factor`, through `tile`.
 template <class Shape, class T = typename Shape::T>
 __device__ inline void store_sums(const float (&sums)[Shape::kAtoms][Shape::kDim / 8][4], float factor, T* tile,
@@ -304,7 +313,8 @@ __device__ inline void store_sums(const float (&sums)[Shape::kAtoms][Shape::kDim
   if (rows.aligned) {
 #pragma unroll 4
     for (int r = threadIdx.x / kChunks; r < Shape::kOwn; r += kStep)
-      if (T* const to = rows(at + r)) store_pack(to + column, load_pack(tile + tile_offset<T, kDim>(r, chunk)));
+      if (T* const to = in_global(rows(at + r)))
+        store_pack(to + column, load_pack(tile + tile_offset<T, kDim>(r, chunk)));
     return;
   }
   const int width = min(8, rows.dim - column);
