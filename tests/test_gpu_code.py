@@ -164,12 +164,12 @@ def test_without_cuda_the_commands_say_so(command):
 
 @pytest.mark.skipif(not _C.cuda.compiled, reason="CUDA is not in this build")
 def test_kernels_are_listed():
-    result = fastgpt("explain", "--kernels", "--match", "layer_norm_forward*", "--arch", "80")
+    result = fastgpt("explain", "--kernels", "--match", "swiglu_forward*", "--arch", "80")
     assert result.returncode == 0, result.stderr
     head, *rows = result.stdout.splitlines()
     assert head.split()[:3] == ["kernel", "arch", "registers"]
     assert rows
-    assert all(row.startswith("layer_norm_forward") and " sm_80 " in row for row in rows)
+    assert all(row.startswith("swiglu_forward") and " sm_80 " in row for row in rows)
 
 
 def test_bad_arguments_of_explain():

@@ -1,6 +1,6 @@
 """Reads compiled CUDA kernels: out of a module that was built, out of cubins, out of PTX for one more architecture.
 
-A kernel goes by the short name that the emulator gives it too: ``layer_norm_forward_kernel<f16, float>``.
+A kernel goes by the short name that the emulator gives it too: ``rotary_kernel<bf16, float>``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _demangle() -> Callable[[str], str]:
 
 
 def short_name(mangled: str) -> str:
-    """``layer_norm_forward_kernel<f16, float>``, without result, parameters, namespaces and casts."""
+    """``rotary_kernel<bf16, float>``, without result, parameters, namespaces and casts."""
     text = _demangle()(mangled).replace("(anonymous namespace)", "anonymous")
     if text == mangled:
         return mangled
