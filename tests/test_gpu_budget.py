@@ -82,7 +82,7 @@ def test_what_was_measured_is_within_the_budget():
         ({"registers": 33}, "sum<float> on sm_80: 33 registers, 32 allowed"),
         ({"shared": 64}, "sum<float> on sm_80: 64 bytes of static shared memory, 32 allowed"),
         ({"stack": 16}, "sum<float> on sm_80: 16 bytes of local memory a thread, 0 allowed"),
-        ({"threads": 1024, "shared": 90 << 10}, "sum<float> on sm_80: 1 blocks per SM, at least 8 wanted"),
+        ({"shared": 90 << 10}, "sum<float> on sm_80: 1 blocks per SM, at least 8 wanted"),
         ({"opcodes": {"LDG.E.64": 1}}, "sum<float> on sm_80: no LDG.128, which it must have"),
         ({"opcodes": {"LDG.E.128": 1, "LDL.LU": 3}}, "sum<float> on sm_80: 3 x LDL, which it must not have"),
         ({"opcodes": {"LDG.E.128": 1, "STG.E.U8": 128}}, "sum<float> on sm_80: 128 x STG.U8, which it must not have"),

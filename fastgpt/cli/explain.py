@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +18,12 @@ from fastgpt.gpu.occupancy import ARCHITECTURES
 from fastgpt.ops.native import _C, cuda_summary
 
 BUDGET = code.CSRC / "cuda" / "budget.toml"
-CACHE = code.ROOT / "build" / "gate"
+# What was disassembled once is remembered: beside the build, or with the user's other caches.
+CACHE = (
+    code.ROOT / "build" / "gate"
+    if code.CSRC.is_dir()
+    else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt"
+)
 # Instructions that tell a kernel's quality, and the widths worth telling apart.
 _SHOWN: dict[str, tuple[str, ...]] = dict.fromkeys(("HMMA", "LDSM", "LDGSTS"), ())
 _SHOWN |= dict.fromkeys(("LDG", "STG", "LDS", "STS"), ("128", "64", "U16", "U8"))
@@ -25,7 +31,7 @@ _SHOWN |= dict.fromkeys(("LDL", "STL", "LD", "ST", "ATOM", "ATOMG", "ATOMS", "RE
 _DOUBLES = ("DADD", "DMUL", "DFMA", "DSETP")
 
 
-def compiled_kernels(also: Sequence[int] = ()) -> list[Kernel]:
+def compiled_kernels(also: Sequence[int] = (), only: Sequence[int] = ()) -> list[Kernel]:
     """The kernels of this build.
 
     Raises:
@@ -34,8 +40,7 @@ def compiled_kernels(also: Sequence[int] = ()) -> list[Kernel]:
     """
     if not _C.cuda.compiled:
         raise ValueError(f"there are no compiled CUDA kernels here: CUDA was {cuda_summary()}")
-    in_checkout = code.CSRC.is_dir()
-    return code.read_module(Path(_C.__file__), also=also, cache=CACHE if in_checkout else None)
+    return code.read_module(Path(_C.__file__), also=also, only=only, cache=CACHE)
 
 
 def _instructions(kernel: Kernel) -> str:
@@ -113,7 +118,7 @@ def explain(
     with plain_errors():
         if unknown := [number for number in arch or () if number not in ARCHITECTURES]:
             raise ValueError(f"--arch {unknown[0]}: allowed are {', '.join(map(str, ARCHITECTURES))}")
-        found = [k for k in compiled_kernels() if fnmatchcase(k.name, match) and (not arch or k.architecture in arch)]
+        found = [kernel for kernel in compiled_kernels(only=arch or ()) if fnmatchcase(kernel.name, match)]
         if not found:
             raise ValueError(f"this build ({cuda_summary()}) has no kernel that fits --match {match!r} and --arch")
         limits = budget.load(BUDGET) if BUDGET.exists() else None

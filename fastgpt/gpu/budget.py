@@ -10,8 +10,8 @@ The file has two parts. Rules, written by hand, say which instructions kernels m
     because = "..."                             # what usually breaks the rule
 
 Below them `fastgpt gate --update` writes what it measured, one line a kernel: registers (rounded up to 8, the unit
-that the hardware deals out, so the headroom costs nothing), bytes of static and of dynamic shared memory, threads of a
-block, and how many blocks an SM of each architecture holds at least.
+that the hardware deals out, so the headroom costs nothing), bytes of static and of dynamic shared memory, threads of
+the largest block that was launched, and how many such blocks an SM of each architecture holds at least.
 """
 
 from __future__ import annotations
@@ -255,11 +255,11 @@ def _violations_of(name: str, kernels: Sequence[Kernel], limits: Limits, launche
         yield violation(
             "stack", [k.architecture for k in stacked], f"{found} bytes of local memory a thread, 0 allowed"
         )
-    threads, dynamic = _launch(kernels, launches, limits)
+    dynamic = max((dynamic for _, dynamic in launches.get(name, ())), default=0)
     if dynamic > limits.dynamic:
         sentence = f"launched with {dynamic} bytes of dynamic shared memory, {limits.dynamic} allowed"
         yield violation("dynamic", (), sentence)
-    for number, found in _blocks(kernels, threads, dynamic).items():
+    for number, found in _blocks(kernels, limits.threads, max(dynamic, limits.dynamic)).items():
         if found < limits.blocks.get(number, 1):
             yield violation(
                 "blocks", [number], f"{found} blocks per SM, at least {limits.blocks.get(number, 1)} wanted"

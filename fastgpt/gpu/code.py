@@ -224,13 +224,16 @@ def _assemble(ptx: Path, architecture: int, folder: Path, cache: Path | None) ->
     return cubin
 
 
-def read_module(module: Path, *, also: Sequence[int] = (), cache: Path | None = None) -> list[Kernel]:
+def read_module(
+    module: Path, *, also: Sequence[int] = (), only: Sequence[int] = (), cache: Path | None = None
+) -> list[Kernel]:
     """Every kernel in a shared library, sorted by source, name and architecture.
 
     Args:
         module: the library.
         also: further architectures, which its PTX is assembled for (sm_86 and sm_89 run sm_80's code, but have less
             shared memory and fewer threads; a build narrowed to them has code of its own).
+        only: skip the code of other architectures, if given.
         cache: a folder that remembers what was read.
 
     Raises:
@@ -240,7 +243,7 @@ def read_module(module: Path, *, also: Sequence[int] = (), cache: Path | None = 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tools.run("cuobjdump", "-xelf", "all", module.resolve(), cwd=folder)
-        cubins = sorted(folder.glob("*.cubin"))
+        cubins = [path for n in only or ("*",) for path in sorted(folder.glob(f"*.sm_{n}.cubin"))]
         if also:
             tools.run("cuobjdump", "-xptx", "all", module.resolve(), cwd=folder)
             sources = [ptx for ptx in sorted(folder.glob("*.ptx")) if ".entry" in ptx.read_text()]
