@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_SECONDS = 120  # a mutant may loop for ever; no suite takes as long
@@ -63,10 +64,11 @@ def _run(connection: Connection, selection: list[str], environment: dict[str, st
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(ROOT)
-    os.environ.update(environment, OMP_NUM_THREADS="1")
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # several of these run side by side
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-disable", *selection]
+    arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-disable", *selection]
     code = pytest.main(["-m", "not slow and not gpu", *arguments], plugins=[_Reporter(connection)])
     connection.send(("exit", int(code)))
     connection.close()
