@@ -68,8 +68,8 @@ def _run(connection: Connection, selection: list[str], environment: dict[str, st
     torch.set_num_threads(1)  # several of these run side by side
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
-    arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-disable", *selection]
-    code = pytest.main(["-m", "not slow and not gpu", *arguments], plugins=[_Reporter(connection)])
+    arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-disable"]
+    code = pytest.main(["-m", "not slow and not gpu", *arguments, *selection], plugins=[_Reporter(connection)])
     connection.send(("exit", int(code)))
     connection.close()
     os._exit(0)  # no destructors of a module that may have written where it should not
