@@ -21,6 +21,7 @@ from fastgpt.ops.attention_options import (
     check_seed,
     check_sinks,
     fields,
+    gradient_fields,
     options,
     refusal,
     rows,
@@ -402,21 +403,17 @@ def native_backward(
         **{
             **fields(query, key, value, sinks, alibi, seed, Options(*settings)),
             **_mask_fields(attn_mask, query, key),
-            "dq": pointer(dq),
-            "dk": pointer(dk),
-            "dv": pointer(dv),
-            "dsinks": None if sinks is None else pointer(dsinks),
-            "dout": pointer(dout),
-            "out": pointer(out),
-            "lse": pointer(lse),
-            "dq_strides": dq.stride()[:3],
-            "dk_strides": dk.stride()[:3],
-            "dv_strides": dv.stride()[:3],
-            "dout_strides": dout.stride()[:3],
-            "out_strides": out.stride()[:3],
+            **gradient_fields(
+                _strides, lse, None if sinks is None else dsinks, dq=dq, dk=dk, dv=dv, dout=dout, out=out
+            ),
         }
     )
     return dq, dk, dv, dmask, dsinks
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of batch, head and row in (B, H, T, D)."""
+    return x.stride()[:3]
 
 
 def _mask_fields(mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -204,6 +205,23 @@ def fields(
         "mask_dtype": 0,
         "mask_bool": False,
     }
+
+
+def gradient_fields(
+    strides: Callable[[Tensor], tuple[int, ...]], lse: Tensor, dsinks: Tensor | None, **tensors: Tensor
+) -> dict[str, Any]:
+    """The fields that only the backward has. ``tensors``: dq, dk, dv, dout and out, with their ``strides``."""
+    return {
+        "lse": pointer(lse),
+        "dsinks": pointer(dsinks),
+        **{name: pointer(x) for name, x in tensors.items()},
+        **{f"{name}_strides": strides(x) for name, x in tensors.items()},
+    }
+
+
+def slopes_of(alibi: Tensor | None, b: int) -> Tensor | None:
+    """What sequence ``b`` alone has of check_alibi's (B or 1, Hq)."""
+    return alibi if alibi is None or alibi.shape[0] == 1 else alibi[b : b + 1]
 
 
 # The forward kernel's fields of a cache, where there is none.

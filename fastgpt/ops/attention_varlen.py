@@ -26,9 +26,11 @@ from fastgpt.ops.attention_options import (
     check_seed,
     check_sinks,
     fields,
+    gradient_fields,
     options,
     refusal,
     rows,
+    slopes_of,
     wide,
 )
 from fastgpt.ops.native import _C, Kernels, pointer
@@ -182,8 +184,7 @@ def _by_sequence(dense: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
         keys = _bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
         for b, ((q0, q1), (k0, k1)) in enumerate(zip(queries, keys, strict=True)):
             q, k, v = (_heads_first(x) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-            slopes = alibi if alibi is None or alibi.shape[0] == 1 else alibi[b : b + 1]
-            o, row_lse = dense(q, k, v, None, sinks, slopes, seed, *numbers, first_head=b * heads)
+            o, row_lse = dense(q, k, v, None, sinks, slopes_of(alibi, b), seed, *numbers, first_head=b * heads)
             out[q0:q1], lse[:, q0:q1] = o[0].transpose(0, 1), row_lse[0]
         return out, lse
 
@@ -217,9 +218,10 @@ def _by_sequence_backward(dense: Callable[..., tuple[Tensor, ...]]) -> Callable[
         for b, ((q0, q1), (k0, k1)) in enumerate(zip(queries, keys, strict=True)):
             do, q, o = (_heads_first(x[q0:q1]) for x in (dout, query, out))
             k, v = (_heads_first(x[k0:k1]) for x in (key, value))
-            slopes = alibi if alibi is None or alibi.shape[0] == 1 else alibi[b : b + 1]
             row_lse = lse[None, :, q0:q1].contiguous()
-            gradients = dense(do, q, k, v, None, sinks, slopes, seed, o, row_lse, *numbers, False, first_head=b * heads)
+            gradients = dense(
+                do, q, k, v, None, sinks, slopes_of(alibi, b), seed, o, row_lse, *numbers, False, first_head=b * heads
+            )
             dq[q0:q1], dk[k0:k1], dv[k0:k1] = (g[0].transpose(0, 1) for g in gradients[:3])
             if sinks is not None:
                 dsinks = dsinks + gradients[4]
@@ -336,18 +338,9 @@ def _native_backward(
         kernels.attention_backward(
             **{
                 **common,
-                "dq": pointer(dq),
-                "dk": pointer(dk),
-                "dv": pointer(dv),
-                "dsinks": None if sinks is None else pointer(dsinks),
-                "dout": pointer(dout),
-                "out": pointer(out),
-                "lse": pointer(lse),
-                "dq_strides": _strides(dq),
-                "dk_strides": _strides(dk),
-                "dv_strides": _strides(dv),
-                "dout_strides": _strides(dout),
-                "out_strides": _strides(out),
+                **gradient_fields(
+                    _strides, lse, None if sinks is None else dsinks, dq=dq, dk=dk, dv=dv, dout=dout, out=out
+                ),
             }
         )
     return dq, dk, dv, dsinks

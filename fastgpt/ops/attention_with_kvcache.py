@@ -25,6 +25,7 @@ from fastgpt.ops.attention_options import (
     options,
     refusal,
     rows,
+    slopes_of,
 )
 from fastgpt.ops.native import _C, Kernels, pointer
 
@@ -162,8 +163,7 @@ def _by_sequence(dense: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., T
                 pages = block_table[b, : -(-length // k_cache.shape[1]) if length else 0]
                 key, value = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
             q, k, v = (x.transpose(0, 1)[None] for x in (query[b], key, value))
-            slopes = alibi if alibi is None or alibi.shape[0] == 1 else alibi[b : b + 1]
-            out[b] = dense(q, k, v, None, sinks, slopes, None, *settings)[0][0].transpose(0, 1)
+            out[b] = dense(q, k, v, None, sinks, slopes_of(alibi, b), None, *settings)[0][0].transpose(0, 1)
         return out
 
     return forward

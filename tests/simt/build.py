@@ -35,7 +35,8 @@ def library(source: Path, checked: bool) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("g++ is not on PATH: the emulator's own tests compile kernels with it")
     digest = hashlib.sha256()
-    for path in (source, Path(__file__), *sorted((CSRC / "simt").glob("*")), *sorted((CSRC / "cuda/core").glob("*"))):
+    headers = source.parent.glob("*.h"), (CSRC / "simt").glob("*"), (CSRC / "cuda/core").glob("*")
+    for path in (source, Path(__file__), *(path for folder in headers for path in sorted(folder))):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "simt-tests"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,12 @@
 // Kernels for the emulator's own tests (test_emulator.py): each shows what one of its parts does, or provokes a report.
 // A line that a report must name ends in a comment `LINE <kernel>`.
 #include "run.h"
+#include "shared.h"
 #include "simt/ptx.h"
 
 namespace {
 
 constexpr uint32_t kAll = simt::kFullMask;
-
-template <class T>
-T* shared_array(const void* key, int count) {
-  return static_cast<T*>(simt::shared_static(key, sizeof(T) * count, 16));
-}
-#define SHARED(type, name, count) \
-  static char name##_key;         \
-  type* const name = shared_array<type>(&name##_key, count)
 
 // --- shuffles and votes: in = mask, then an argument for each lane; only lanes of the mask take part ---
 

@@ -5,6 +5,7 @@
 #include <map>
 #include <string>
 
+#include "shared.h"
 #include "simt/cuda.h"
 #include "simt/ptx.h"
 
@@ -16,14 +17,6 @@ float* const input = static_cast<float*>(std::aligned_alloc(256, 1 << 16));
 float* const output = input + 4096;
 int* const counter = reinterpret_cast<int*>(input + 8192);
 constexpr size_t kBytes = 256 * sizeof(float);
-
-template <class T>
-T* shared_array(const void* key, int count) {
-  return static_cast<T*>(simt::shared_static(key, sizeof(T) * count, 16));
-}
-#define SHARED(type, name, count) \
-  static char name##_key;         \
-  type* const name = shared_array<type>(&name##_key, count)
 
 __global__ void race_without_barrier(float* out) {
   SHARED(float, s, kThreads);

@@ -2,7 +2,6 @@
 
 import pytest
 
-from fastgpt.ops import native
 from tests.simt import access
 from tests.simt.calls import ALIGNED
 
@@ -11,8 +10,6 @@ pytest.importorskip("fastgpt._simt_checked", reason="this build has no emulator 
 
 @pytest.mark.parametrize("op", ALIGNED)
 def test_access_stays_within_budget(op):
-    if why := native.missing("simt", op):
-        pytest.skip(why)
     budget = access.budget()
     for kernel, measured in access.ratios(access.requests(op)).items():
         assert kernel in budget, f"{kernel} has no budget: python -m tests.simt.access --update, and look at it"
