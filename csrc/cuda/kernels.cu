@@ -4,7 +4,7 @@
 
 namespace fastgpt::FASTGPT_ISA {
 
-#define FASTGPT_KERNEL(entry, Params) __attribute__((weak)) Status entry(const Params&, Launch&);
+#define FASTGPT_KERNEL(entry, Params) Status entry(const Params&, Launch&);
 FASTGPT_FOR_EACH_KERNEL(FASTGPT_KERNEL)
 #undef FASTGPT_KERNEL
 
@@ -12,7 +12,6 @@ namespace {
 
 template <class Params, Status (*entry)(const Params&, Launch&)>
 DeviceKernel<Params> device_kernel() {
-  if (!entry) return {};
   return {[](const Params& p, int64_t* bytes) -> Status {
             Launch dry(nullptr);
             const Status status = entry(p, dry);

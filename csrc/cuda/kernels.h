@@ -11,7 +11,7 @@ template <class Params>
 struct DeviceKernel {
   // Bytes of workspace that the call wants; launches nothing.
   Status (*workspace_bytes)(const Params&, int64_t* bytes) = nullptr;
-  // Launches on a stream (a cudaStream_t as an integer), with that workspace. Null where there is no such kernel.
+  // Launches on a stream (a cudaStream_t as an integer), with that workspace. Null in a build without CUDA.
   Status (*run)(const Params&, uintptr_t stream, void* workspace) = nullptr;
 };
 
