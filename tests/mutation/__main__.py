@@ -5,8 +5,8 @@ operators fails on the emulator, or, if the plain one notices nothing, a test of
 that change nothing that a program can observe are marked ``equivalent`` with the reason; they must survive. The run
 fails if another one does, if one does not compile, or if a test that killed one fails on sound kernels too.
 
-Needs a build with FASTGPT_SIMT=on (`make` does that). Only the changed file is compiled, with the build's own commands,
-into a folder of its own: neither the sources nor the build are touched.
+The sound emulator is built in build/mutation. Then only the changed file is compiled, with the same commands, into a
+folder of its own: neither the sources nor that build are touched.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
-"""How the build compiles and links the emulator's two modules, and how to do the same with a changed source."""
+"""Builds the emulator's two modules in a folder of its own, and builds them again with a changed source.
+
+A folder of its own, because a build that pip made in isolation remembers a cmake that is gone, and cannot go on.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -10,37 +15,57 @@ from pathlib import Path
 
 from tests.mutation.mutants import ROOT, Mutant
 
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+BUILD = ROOT / "build" / "mutation"
 
 
 class DoesNotCompile(Exception):
     pass
 
 
+def _tool(*command: str | Path) -> str:
+    """What a program of the sound build prints; cmake and ninja may be in this environment and not on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(command, text=True, capture_output=True, env={**os.environ, "PATH": path})
+    if result.returncode:
+        raise SystemExit(f"the sound build fails:\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+@functools.cache
+def configure() -> None:
+    import pybind11
+
+    settings = {
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": BUILD / "modules",
+        "FASTGPT_CUDA": "off",
+        "FASTGPT_SIMT": "on",
+    }
+    _tool("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *(f"-D{name}={value}" for name, value in settings.items()))
+
+
 class Emulator:
-    """One of the modules: the sound one, `library`, and the commands that make it, taken from the build folder."""
+    """One of the modules: the sound one, `library`, and the commands that make it."""
 
     def __init__(self, checked: bool) -> None:
         self.module = "_simt_checked" if checked else "_simt"
-        if not (BUILD / "compile_commands.json").exists():
-            raise SystemExit(f"there is no build in {BUILD}: build with FASTGPT_SIMT=on")
-        self._ninja(self.module)  # so that all else is up to date
+        configure()
+        _tool("ninja", "-C", BUILD, self.module)
         commands = json.loads((BUILD / "compile_commands.json").read_text())
         self.compile = {
             Path(c["file"]).name: [a for a in shlex.split(c["command"]) if Path(a).name != "ccache"]
             for c in commands
             if f"CMakeFiles/{self.module}_kernels.dir/" in c["command"]
         }
-        (link,) = [line for line in self._ninja("-t", "commands", self.module).splitlines() if " -shared " in line]
+        (link,) = [
+            line
+            for line in _tool("ninja", "-C", BUILD, "-t", "commands", self.module).splitlines()
+            if " -shared " in line
+        ]
         self.link = shlex.split(link.strip().removeprefix(": && ").removesuffix("&& :"))
-        self.library = Path(self.link[self.link.index("-o") + 1])
-
-    @staticmethod
-    def _ninja(*arguments: str) -> str:
-        result = subprocess.run(["ninja", "-C", BUILD, *arguments], text=True, capture_output=True)
-        if result.returncode:
-            raise SystemExit(f"the sound build fails:\n{result.stdout}{result.stderr}")
-        return result.stdout
+        self.library = BUILD / self.link[self.link.index("-o") + 1]
 
     def build(self, mutant: Mutant, folder: Path) -> Path:
         """The module with the mutant in it."""
