@@ -1,6 +1,6 @@
 // fastgpt._C: pointers in, status out. Knows the kernels only through FASTGPT_FOR_EACH_KERNEL.
 //
-//   _C.cpu.<kernel>(field=value, ...)   every field of the kernel's parameter struct, by name; pointers as integers
+//   _C.cpu.<kernel>(field=value, ...)   every field of the kernel's parameter struct, by name
 //   _C.cpu.isa(), set_isa(name), isas()  the instruction-set level in use, and what there is
 //   _C.set_parallel_functions(loop, count), thread_count(), set_own_threads(n)
 //   _C.advise_huge_pages(address, bytes)
@@ -18,7 +18,8 @@ namespace {
 template <class Params>
 void bind_cpu(py::module_& m, const char* entry, Status (*cpu::Kernels::*kernel)(const Params&)) {
   m.def(entry, [entry, kernel](const py::kwargs& arguments) {
-    const Params params = read_params<Params>(entry, arguments);
+    Arrays arrays;
+    const Params params = read_params<Params>(entry, arguments, arrays);
     Status status;
     {
       py::gil_scoped_release release;

@@ -1,13 +1,18 @@
 // Between Python and the parameter structs: keyword arguments become fields by name, a Status becomes an exception.
+// A pointer is a tensor (its first element), an address, or None; a list becomes an array on the host, of the addresses
+// of its tensors or of its numbers.
 // A device kernel (CUDA's, or the emulator's) is bound here too: bindings.cpp and simt_bindings.cpp differ in the rest.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -20,29 +25,49 @@ namespace fastgpt {
 
 namespace py = pybind11;
 
+// The arrays that lists became; they live as long as the parameters that point into them.
+using Arrays = std::vector<std::unique_ptr<std::byte[]>>;
+
+inline void* address_of(py::handle value) {
+  if (value.is_none()) return nullptr;
+  if (PyLong_Check(value.ptr())) return reinterpret_cast<void*>(value.cast<uintptr_t>());
+  return reinterpret_cast<void*>(value.attr("data_ptr")().cast<uintptr_t>());
+}
+
 template <class Field>
-void read_field(py::handle value, Field& field) {
-  if constexpr (std::is_pointer_v<Field>)
-    field = value.is_none() ? nullptr : reinterpret_cast<Field>(value.cast<uintptr_t>());
-  else if constexpr (std::is_enum_v<Field>)
+void read_field(py::handle value, Field& field, Arrays& arrays) {
+  if constexpr (std::is_pointer_v<Field>) {
+    if constexpr (!std::is_void_v<std::remove_pointer_t<Field>>) {
+      if (PyList_Check(value.ptr())) {
+        using Item = std::remove_const_t<std::remove_pointer_t<Field>>;
+        const auto items = value.cast<py::list>();
+        arrays.push_back(std::make_unique<std::byte[]>(items.size() * sizeof(Item)));
+        auto* array = reinterpret_cast<Item*>(arrays.back().get());
+        for (size_t i = 0; i < items.size(); ++i) read_field(items[i], array[i], arrays);
+        field = array;
+        return;
+      }
+    }
+    field = static_cast<Field>(address_of(value));
+  } else if constexpr (std::is_enum_v<Field>)
     field = static_cast<Field>(value.cast<int32_t>());
   else if constexpr (std::is_array_v<Field>) {
     const auto items = value.cast<py::sequence>();
     if (items.size() != std::extent_v<Field>) throw py::value_error("wrong number of items");
-    for (size_t i = 0; i < items.size(); ++i) read_field(items[i], field[i]);
+    for (size_t i = 0; i < items.size(); ++i) read_field(items[i], field[i], arrays);
   } else
     field = value.cast<Field>();
 }
 
 template <class Params>
-Params read_params(const char* entry, const py::kwargs& arguments) {
+Params read_params(const char* entry, const py::kwargs& arguments, Arrays& arrays) {
   Params params{};
   size_t count = 0;
   params.visit([&](const char* name, auto& field) {
     PyObject* value = PyDict_GetItemString(arguments.ptr(), name);
     if (!value) throw py::type_error(std::string(entry) + ": missing field '" + name + "'");
     try {
-      read_field(value, field);
+      read_field(value, field, arrays);
     } catch (const std::exception& error) {
       throw py::type_error(std::string(entry) + ": field '" + name + "': " + error.what());
     }
@@ -107,7 +132,8 @@ void bind_device_kernel(py::module_& m, const char* entry, const DeviceKernel<Pa
       entry,
       [entry, kernel, check](uintptr_t stream, const py::function& allocate, const py::kwargs& arguments) {
         if (check) check();
-        Params params = read_params<Params>(entry, arguments);
+        Arrays arrays;
+        Params params = read_params<Params>(entry, arguments, arrays);
         int64_t bytes = 0;
         raise_status(entry, kernel.workspace_bytes(params, &bytes));
         void* workspace = nullptr;

@@ -1,4 +1,5 @@
-"""The native core, as Python sees it. Kernels take every field of their parameter struct (csrc/fastgpt.h) by name."""
+"""The native core, as Python sees it. Kernels take every field of their parameter struct (csrc/fastgpt.h) by name;
+a pointer is a tensor, an address or None, a list becomes an array on the host."""
 
 from typing import Any, Protocol
 

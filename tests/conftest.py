@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -10,7 +11,13 @@ import hypothesis
 import pytest
 import torch
 
-from fastgpt.ops import native
+# What runs Triton kernels where there is no GPU: "interpreter" is Triton's own, which reads its switch when a kernel is
+# defined; "sanitizer" runs Triton's intermediate code and looks for races and stray accesses.
+TRITON_RUNNER = "GPU" if torch.cuda.is_available() else os.environ.get("FASTGPT_TRITON_RUNNER", "interpreter")
+if TRITON_RUNNER == "interpreter":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fastgpt.ops import native  # noqa: E402
 
 hypothesis.settings.register_profile("fastgpt", deadline=None)  # tests do not time
 hypothesis.settings.load_profile("fastgpt")
@@ -28,6 +35,36 @@ def pytest_runtest_setup(item):
             pytest.skip("CUDA is not in this build")
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU")
+    if TRITON_RUNNER == "interpreter" and _uses_triton(item) and torch.bfloat16 in item.callspec.params.values():
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly; the sanitizer runs it")
+
+
+# --- Triton kernels without a GPU ---
+
+
+def _uses_triton(item):
+    return "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
+
+
+@contextlib.contextmanager
+def sanitized_triton():
+    """Triton kernels on CPU tensors by ttsem, which raises on a race, a stray access or an undefined result."""
+    from triton.runtime import driver
+    from ttsem import _fakedriver, sanitize
+
+    before = driver._active
+    with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu():
+        _fakedriver.unstub_torch_cuda()
+        yield
+    driver._active = before
+
+
+@pytest.fixture(autouse=True)
+def triton_runner(request):
+    with (
+        sanitized_triton() if TRITON_RUNNER == "sanitizer" and _uses_triton(request.node) else contextlib.nullcontext()
+    ):
+        yield
 
 
 # --- the emulator's schedule: in which order threads and blocks run, and when asynchronous copies arrive ---

@@ -127,7 +127,7 @@ class Emulator:
 
 def double(kernels, x):
     y = torch.empty(())
-    kernels.double(y=native.pointer(y), x=native.pointer(x))
+    kernels.double(y=y.data_ptr(), x=x.data_ptr())
     return y
 
 

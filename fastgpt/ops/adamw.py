@@ -12,7 +12,6 @@ clipped in memory. ``grad_norm`` belongs to this operator: the norm alone, for a
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw  # torch.optim hides its module adamw
 
 from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -313,32 +312,22 @@ def reference(
 # --- kernels ---
 
 
-def _addresses(tensors: Sequence[Tensor]) -> array[int]:
-    """A C array of pointers; a tensor without elements gives null."""
-    return array("Q", [t.data_ptr() for t in tensors])
+def _dtypes(tensors: Sequence[Tensor]) -> list[int]:
+    return [DTYPES[t.dtype] for t in tensors]
 
 
-def _address(items: array[int]) -> int:
-    return items.buffer_info()[0]
-
-
-def _dtypes(tensors: Sequence[Tensor]) -> array[int]:
-    return array("i", [DTYPES[t.dtype] for t in tensors])
-
-
-def _sizes(tensors: Sequence[Tensor]) -> array[int]:
-    return array("q", [t.numel() for t in tensors])
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.numel() for t in tensors]
 
 
 def _native_norm(kernels: Kernels, grads: Sequence[Tensor], grad_scale: float) -> Tensor:
     grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
     norm = grads[0].new_empty((), dtype=torch.float32)
-    pointers, sizes, dtypes = _addresses(grads), _sizes(grads), _dtypes(grads)
     kernels.grad_norm(
-        norm=norm.data_ptr(),
-        grads=_address(pointers),
-        sizes=_address(sizes),
-        grad_dtypes=_address(dtypes),
+        norm=norm,
+        grads=grads,
+        sizes=_sizes(grads),
+        grad_dtypes=_dtypes(grads),
         count=len(grads),
         grad_scale=grad_scale,
     )
@@ -369,23 +358,21 @@ def _native(
     ]
     norm = params[0].new_empty((), dtype=torch.float32)
     total = None if total_norm is None else total_norm.float()
-    lists = [_addresses(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, masters)]
-    changed = [address for i in (0, 2, 3, 4) for address in lists[i] if address]
+    changed = [t.data_ptr() for tensors in (params, exp_avgs, exp_avg_sqs, masters) for t in tensors if t.numel()]
     if len(set(changed)) != len(changed):
         raise ValueError("adamw: two of the tensors to change are the same memory; each must be its own")
-    sizes, param_dtypes, grad_dtypes = _sizes(params), _dtypes(params), _dtypes(grads)
     kernels.adamw(
-        params=_address(lists[0]),
-        grads=_address(lists[1]),
-        exp_avgs=_address(lists[2]),
-        exp_avg_sqs=_address(lists[3]),
-        masters=_address(lists[4]),
-        sizes=_address(sizes),
-        param_dtypes=_address(param_dtypes),
-        grad_dtypes=_address(grad_dtypes),
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        masters=masters,
+        sizes=_sizes(params),
+        param_dtypes=_dtypes(params),
+        grad_dtypes=_dtypes(grads),
         count=len(params),
-        norm=norm.data_ptr(),
-        total_norm=pointer(total),
+        norm=norm,
+        total_norm=total,
         step=step,
         lr=lr,
         beta1=beta1,

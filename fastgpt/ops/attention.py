@@ -27,7 +27,7 @@ from fastgpt.ops.attention_options import (
     rows,
     wide,
 )
-from fastgpt.ops.native import DTYPES, Kernels, pointer
+from fastgpt.ops.native import DTYPES, Kernels
 
 
 def attention(
@@ -369,8 +369,8 @@ def native_forward(
             **fields(query, key, value, sinks, alibi, seed, Options(*numbers)),
             **_mask_fields(attn_mask, query, key),
             **NO_CACHE,
-            "out": pointer(out),
-            "lse": pointer(lse),
+            "out": out,
+            "lse": lse,
             "out_strides": out.stride()[:3],
         }
     )
@@ -422,7 +422,7 @@ def _mask_fields(mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, A
     whole = mask.expand(*query.shape[:3], key.shape[2])
     boolean = mask.dtype == torch.bool
     return {
-        "mask": pointer(whole),
+        "mask": whole,
         "mask_strides": whole.stride(),
         "mask_dtype": 0 if boolean else DTYPES[mask.dtype],
         "mask_bool": boolean,

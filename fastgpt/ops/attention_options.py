@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import checks
-from fastgpt.ops.native import DTYPES, pointer, unsupported_dtype
+from fastgpt.ops.native import DTYPES, unsupported_dtype
 
 MAX_HEAD_DIM = 256  # of the native kernels
 DROPOUT_STEPS = 65536  # a weight is dropped by a 16-bit random number, so dropout_p counts in steps of 1 / 65536
@@ -171,13 +171,13 @@ def fields(
     batch, heads, length, dim = query.shape
     keys = key.shape[2]
     return {
-        "q": pointer(query),
-        "k": pointer(key),
-        "v": pointer(value),
+        "q": query,
+        "k": key,
+        "v": value,
         "mask": None,
-        "sinks": pointer(sinks),
-        "alibi": pointer(alibi),
-        "dropout_seed": pointer(seed),
+        "sinks": sinks,
+        "alibi": alibi,
+        "dropout_seed": seed,
         "cu_seqlens_q": None,
         "cu_seqlens_k": None,
         "batch": batch,
@@ -212,9 +212,9 @@ def gradient_fields(
 ) -> dict[str, Any]:
     """The fields that only the backward has. ``tensors``: dq, dk, dv, dout and out, with their ``strides``."""
     return {
-        "lse": pointer(lse),
-        "dsinks": pointer(dsinks),
-        **{name: pointer(x) for name, x in tensors.items()},
+        "lse": lse,
+        "dsinks": dsinks,
+        **tensors,
         **{f"{name}_strides": strides(x) for name, x in tensors.items()},
     }
 

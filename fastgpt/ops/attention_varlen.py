@@ -33,7 +33,7 @@ from fastgpt.ops.attention_options import (
     slopes_of,
     wide,
 )
-from fastgpt.ops.native import _C, Kernels, pointer
+from fastgpt.ops.native import _C, Kernels
 
 _NAME = "attention_varlen"
 
@@ -257,8 +257,8 @@ def _fields(
     total = query.shape[0]
     return {
         **fields(_heads_first(query), _heads_first(key), _heads_first(value), sinks, alibi, seed, o),
-        "cu_seqlens_q": pointer(cu_seqlens_q),
-        "cu_seqlens_k": pointer(cu_seqlens_k),
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
         "batch": cu_seqlens_q.shape[0] - 1,
         "queries": min(max_seqlen_q, total),
         "keys": min(max_seqlen_k, key.shape[0]),
@@ -304,8 +304,8 @@ def _native(
             **{
                 **common,
                 **NO_CACHE,
-                "out": pointer(out),
-                "lse": pointer(lse),
+                "out": out,
+                "lse": lse,
                 "out_strides": _strides(out),
             }
         )

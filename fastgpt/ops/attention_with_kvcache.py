@@ -27,7 +27,7 @@ from fastgpt.ops.attention_options import (
     rows,
     slopes_of,
 )
-from fastgpt.ops.native import _C, Kernels, pointer
+from fastgpt.ops.native import _C, Kernels
 
 _NAME = "attention_with_kvcache"
 
@@ -202,11 +202,11 @@ def _native(
     kernels.attention_forward(
         **{
             **fields(q, k, v, sinks, alibi, None, Options(*settings)),
-            "out": pointer(out),
-            "lse": pointer(lse),
+            "out": out,
+            "lse": lse,
             "out_strides": out.transpose(1, 2).stride()[:3],
-            "cache_seqlens": pointer(cache_seqlens),
-            "block_table": pointer(block_table),
+            "cache_seqlens": cache_seqlens,
+            "block_table": block_table,
             "block_table_stride": 0 if block_table is None else block_table.shape[1],
             "page_size": page_size,
             "keys": keys,

@@ -28,7 +28,7 @@ from fastgpt.ops.losses import (
     row_scale,
     unfused_options,
 )
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 
@@ -190,14 +190,14 @@ def _native(
     totals = x.new_zeros(2, dtype=torch.float64)
     try:
         kernels.cross_entropy_forward(
-            loss=pointer(loss),
-            maximum=pointer(maximum),
-            sum_exp=pointer(sum_exp),
-            totals=pointer(totals),
+            loss=loss,
+            maximum=maximum,
+            sum_exp=sum_exp,
+            totals=totals,
             dx=None,
-            x=pointer(x),
+            x=x,
             bias=None,
-            target=pointer(target),
+            target=target,
             rows=x.shape[0],
             cols=x.shape[1],
             x_stride=stride,
@@ -231,13 +231,13 @@ def _native_backward(
     target, scale = target.contiguous(), row_scale(dloss, total, reduction).contiguous()
     dx = with_huge_pages(x.new_empty(x.shape))
     kernels.cross_entropy_backward(
-        dx=pointer(dx),
-        scale=pointer(scale),
-        maximum=pointer(maximum),
-        sum_exp=pointer(sum_exp),
-        x=pointer(x),
+        dx=dx,
+        scale=scale,
+        maximum=maximum,
+        sum_exp=sum_exp,
+        x=x,
         bias=None,
-        target=pointer(target),
+        target=target,
         rows=x.shape[0],
         cols=x.shape[1],
         x_stride=stride,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, native, positions, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 NO_PADDING = -1  # of padding
@@ -204,8 +204,8 @@ def _sequences(input: Tensor, starts: Tensor | None, start: int) -> dict[str, An
     length = input.shape[-1] if input.dim() else 1
     sequences = input.numel() // length
     return {
-        "tokens": input.data_ptr(),
-        "starts": pointer(starts),
+        "tokens": input,
+        "starts": starts,
         "start": start,
         "sequences": sequences,
         "sequences_per_start": 1 if starts is None else sequences // starts.numel(),
@@ -248,9 +248,9 @@ def _native(
     position_rows = 0 if position_weight is None else position_weight.shape[0]
     try:
         kernels.embedding_forward(
-            y=y.data_ptr(),
-            weight=weight.data_ptr(),
-            position_weight=pointer(position_weight),
+            y=y,
+            weight=weight,
+            position_weight=position_weight,
             **_sequences(input, starts, start),
             width=width,
             vocabulary=vocabulary,
@@ -285,9 +285,9 @@ def _native_backward(
     starts = None if starts is None else starts.contiguous()
     try:
         kernels.embedding_backward(
-            dweight=None if vocabulary == NOT_WANTED else pointer(dweight),
-            dposition_weight=None if positions == NOT_WANTED else pointer(dposition),
-            dy=dy.data_ptr(),
+            dweight=None if vocabulary == NOT_WANTED else dweight,
+            dposition_weight=None if positions == NOT_WANTED else dposition,
+            dy=dy,
             **_sequences(input, starts, start),
             width=dy.shape[-1],
             vocabulary=vocabulary,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate
 
 _CUBIC = 0.044715
@@ -104,9 +104,9 @@ def _native(kernels: Kernels, x: Tensor, bias: Tensor | None, approximate: str) 
     if x.numel():
         cols = x.numel() if bias is None else x.shape[-1]
         kernels.gelu_forward(
-            y=pointer(y),
-            x=pointer(x),
-            bias=pointer(bias),
+            y=y,
+            x=x,
+            bias=bias,
             rows=x.numel() // cols,
             cols=cols,
             tanh=approximate == "tanh",
@@ -127,11 +127,11 @@ def _native_backward(
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     cols = x.numel() if bias is None else x.shape[-1]
     kernels.gelu_backward(
-        dx=pointer(dx),
-        dbias=None if bias is None else pointer(dbias),
-        dy=pointer(dy),
-        x=pointer(x),
-        bias=pointer(bias),
+        dx=dx,
+        dbias=None if bias is None else dbias,
+        dy=dy,
+        x=x,
+        bias=bias,
         rows=x.numel() // cols,
         cols=cols,
         tanh=approximate == "tanh",

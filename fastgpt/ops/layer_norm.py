@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -169,14 +169,14 @@ def _native(
     if x.numel():
         affine = weight if weight is not None else bias
         kernels.layer_norm_forward(
-            y=pointer(y),
-            sum=None if residual is None else pointer(sum),
-            mean=pointer(mean),
-            rstd=pointer(rstd),
-            x=pointer(x),
-            residual=pointer(residual),
-            weight=pointer(weight),
-            bias=pointer(bias),
+            y=y,
+            sum=None if residual is None else sum,
+            mean=mean,
+            rstd=rstd,
+            x=x,
+            residual=residual,
+            weight=weight,
+            bias=bias,
             rows=mean.numel(),
             cols=x.numel() // mean.numel(),
             eps=eps,
@@ -209,15 +209,15 @@ def _native_backward(
     dweight = none if weight is None else x.new_empty(shape, dtype=dtype)
     dbias = x.new_empty(shape, dtype=dtype) if bias else none
     kernels.layer_norm_backward(
-        dx=pointer(dx),
-        dweight=None if weight is None else pointer(dweight),
-        dbias=pointer(dbias) if bias else None,
-        dy=pointer(dy),
-        dsum=pointer(dsum),
-        x=pointer(x),
-        weight=pointer(weight),
-        mean=pointer(mean),
-        rstd=pointer(rstd),
+        dx=dx,
+        dweight=None if weight is None else dweight,
+        dbias=dbias if bias else None,
+        dy=dy,
+        dsum=dsum,
+        x=x,
+        weight=weight,
+        mean=mean,
+        rstd=rstd,
         rows=mean.numel(),
         cols=x.numel() // mean.numel(),
         dtype=DTYPES[x.dtype],

@@ -35,7 +35,7 @@ from fastgpt.ops.losses import (
     row_scale,
     unfused_options,
 )
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate
 
 
@@ -367,14 +367,14 @@ def _run(
         scale /= (target != ignore_index).sum()
     for chunk, logits in _chunks(x, w, padded=asynchronous):
         kernels.cross_entropy_forward(
-            loss=pointer(loss[chunk]),
-            maximum=pointer(maximum[chunk]),
-            sum_exp=pointer(sum_exp[chunk]),
-            totals=pointer(totals),
-            dx=None if gradients is None else pointer(logits),
-            x=pointer(logits),
-            bias=pointer(b),
-            target=pointer(target[chunk]),
+            loss=loss[chunk],
+            maximum=maximum[chunk],
+            sum_exp=sum_exp[chunk],
+            totals=totals,
+            dx=None if gradients is None else logits,
+            x=logits,
+            bias=b,
+            target=target[chunk],
             rows=logits.shape[0],
             cols=logits.shape[1],
             x_stride=logits.stride(0),
@@ -382,7 +382,7 @@ def _run(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            scale=pointer(scale),
+            scale=scale,
             dtype=DTYPES[x.dtype],
         )
         if gradients is not None:
@@ -450,13 +450,13 @@ def _native_backward(
     gradients = _Gradients(x, w, b, wanted)
     for chunk, logits in _chunks(x, w, padded=asynchronous):
         kernels.cross_entropy_backward(
-            dx=pointer(logits),
-            scale=pointer(scale[chunk]),
-            maximum=pointer(maximum[chunk]),
-            sum_exp=pointer(sum_exp[chunk]),
-            x=pointer(logits),
-            bias=pointer(b),
-            target=pointer(target[chunk]),
+            dx=logits,
+            scale=scale[chunk],
+            maximum=maximum[chunk],
+            sum_exp=sum_exp[chunk],
+            x=logits,
+            bias=b,
+            target=target[chunk],
             rows=logits.shape[0],
             cols=logits.shape[1],
             x_stride=logits.stride(0),

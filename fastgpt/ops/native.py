@@ -1,10 +1,12 @@
-"""The door to the native core: loads ``fastgpt._C``, gives it torch's thread pool, picks the instruction set.
+"""The door to the kernels: loads ``fastgpt._C``, gives it torch's thread pool, picks the instruction set.
 
-An operator calls its kernels through one function for all native backends, ``_native(kernels, *arguments)``, and
-``backends`` makes each backend of it. ``kernels.<entry>(field=value, ...)`` runs a kernel of csrc/fastgpt.h:
+An operator calls its kernels through one function for all backends that have any, ``_native(kernels, *arguments)``,
+and ``backends`` makes each backend of it. ``kernels.<entry>(field=value, ...)`` runs a kernel of csrc/fastgpt.h. A
+field that is a pointer there is a tensor here (or None), an array of pointers is a list of tensors:
 
 - "cpu": ``fastgpt._C.cpu``;
 - "cuda": ``fastgpt._C.cuda``, on torch's current stream, with workspace from torch's allocator;
+- "triton": the function ``<entry>`` of kernels/<op>.py, with the same fields;
 - "simt": the CUDA kernels on CPU tensors, by the emulator ``fastgpt._simt``, for tests and debugging (built with
   FASTGPT_SIMT=on); inside ``checked_simt()`` by ``fastgpt._simt_checked``, which looks for races and stray accesses.
 """
@@ -36,19 +38,15 @@ except ImportError as error:  # pragma: no cover - only in a broken installation
 # What a kernel takes. The numbers are csrc/fastgpt.h's DType.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# The device type of the tensors that a backend takes.
-DEVICE_TYPES = {"cpu": "cpu", "cuda": "cuda", "simt": "cpu"}
+# The device type of the tensors that a backend takes. Triton's interpreter takes them on the CPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+DEVICE_TYPES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _INTERPRETED else "cuda", "simt": "cpu"}
 
 
 class Kernels(Protocol):
     """What ``_native`` functions get: every kernel of one backend as an attribute."""
 
     def __getattr__(self, entry: str) -> Any: ...
-
-
-def pointer(tensor: torch.Tensor | None) -> int | None:
-    """The address that a kernel reads or writes; None stays None (a null pointer)."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,6 +94,9 @@ _simt = _optional("_simt")
 _simt_checked = _optional("_simt_checked")
 _NO_CUDA = "CUDA is not in this build, which needs nvcc"
 _NO_EMULATOR = "the emulator is not in this build: build with FASTGPT_SIMT=on"
+_NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton (Linux)"
+# FASTGPT_TRITON_KERNELS names another folder to load the Triton kernels from: the mutation run judges changed ones so.
+_TRITON_KERNELS = Path(os.environ.get("FASTGPT_TRITON_KERNELS") or Path(__file__).resolve().parents[1] / "kernels")
 
 # The kernels of operators that call others than <op>, <op>_forward and <op>_backward.
 _KERNELS_OF = {
@@ -106,15 +107,28 @@ _KERNELS_OF = {
 }
 
 
+def _entries(op: str) -> Sequence[str]:
+    return _KERNELS_OF.get(op) or [n for n in (op, f"{op}_forward", f"{op}_backward") if hasattr(_C.cpu, n)]
+
+
+def _triton_module(entry: str) -> str:
+    """The file of kernels/ that an entry is in."""
+    return "adamw" if entry == "grad_norm" else entry.removesuffix("_forward").removesuffix("_backward")
+
+
 def missing(backend: str, op: str) -> str | None:
     """Why operator ``op`` cannot run on the native ``backend`` in this build, or None if it can."""
     if backend == "cuda" and not _C.cuda.compiled:
         return _NO_CUDA
     if backend == "simt" and _simt is None:
         return _NO_EMULATOR
+    if backend == "triton":
+        if _NO_TRITON:
+            return _NO_TRITON
+        absent = sorted({m for m in map(_triton_module, _entries(op)) if not (_TRITON_KERNELS / f"{m}.py").exists()})
+        return f"there is no Triton kernel {' or '.join(absent)}" if absent else None
     module = {"cpu": _C.cpu, "cuda": _C.cuda, "simt": _simt}[backend]
-    names = _KERNELS_OF.get(op) or [n for n in (op, f"{op}_forward", f"{op}_backward") if hasattr(_C.cpu, n)]
-    absent = [name for name in names if not hasattr(module, name)]
+    absent = [name for name in _entries(op) if not hasattr(module, name)]
     return f"there is no CUDA kernel {' or '.join(absent)}" if absent else None
 
 
@@ -151,6 +165,21 @@ class _DeviceKernels:
         return call
 
 
+class _TritonKernels:
+    """The kernels of the folder kernels/. Triton is imported, and a kernel compiled, when it is first called."""
+
+    def __getattr__(self, entry: str) -> Callable[..., None]:
+        try:
+            module = importlib.import_module(f"fastgpt.kernels.{_triton_module(entry)}")
+        except ModuleNotFoundError as error:
+            if _NO_TRITON or not (error.name or "").startswith("fastgpt.kernels"):
+                raise NotImplementedError(f"backend='triton': {_NO_TRITON or error}") from error
+            raise NotImplementedError(f"{entry}: there is no Triton kernel of that name") from error
+        setattr(self, entry, getattr(module, entry))  # __getattr__ is not asked again
+        return getattr(module, entry)
+
+
+_triton_kernels = _TritonKernels()
 _cuda_kernels = _DeviceKernels("cuda", _C.cuda, "cuda", lambda: torch.cuda.current_stream().cuda_stream)
 _simt_kernels = _DeviceKernels("simt", _simt, "cpu", lambda: 0)
 _checked_kernels = _DeviceKernels("simt", _simt_checked, "cpu", lambda: 0)
@@ -163,6 +192,14 @@ def _run_cuda(function: Callable[..., Any], *args: Any) -> Any:
     first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
     with torch.cuda.device(first.device):
         return function(_cuda_kernels, *args)
+
+
+def _run_triton(function: Callable[..., Any], *args: Any) -> Any:
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    if first.device.type != "cuda":
+        return function(_triton_kernels, *args)
+    with torch.cuda.device(first.device):
+        return function(_triton_kernels, *args)
 
 
 def _run_simt(function: Callable[..., Any], *args: Any) -> Any:
@@ -193,6 +230,7 @@ def backends(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {
         "cpu": functools.partial(function, _C.cpu),
         "cuda": functools.partial(_run_cuda, function),
+        "triton": functools.partial(_run_triton, function),
         "simt": functools.partial(_run_simt, function),
     }
 
@@ -200,7 +238,7 @@ def backends(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 class _RegisterPointers(TorchFunctionMode):
     """Tells the checked emulator about the memory of every tensor whose address is taken: all that a kernel may touch.
 
-    A mode of torch's, so that ``pointer`` costs nothing when nobody checks.
+    A mode of torch's, so that it costs nothing when nobody checks.
     """
 
     def __torch_function__(
@@ -231,6 +269,16 @@ def checked_simt() -> Iterator[None]:
         yield
     finally:
         _checking = before
+
+
+@contextlib.contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Inside the block backend "triton" takes CPU tensors: for a runner of Triton kernels that needs no GPU."""
+    before, DEVICE_TYPES["triton"] = DEVICE_TYPES["triton"], "cpu"
+    try:
+        yield
+    finally:
+        DEVICE_TYPES["triton"] = before
 
 
 # --- start ---

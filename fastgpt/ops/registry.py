@@ -234,10 +234,8 @@ def explain(file: Any = None) -> None:
         "Chosen only by name, for every operator:",
         "  reference: the readable formula; takes every dtype and option",
         "  torch: torch.nn.functional, the peer that benchmarks compare with",
+        "  triton: the kernels of the folder kernels/, on CUDA tensors, where there is one",
         f"  simt: the CUDA kernels on CPU tensors, slowly, for tests; {native.simt_summary()}",
-        "",
-        "Not in this version:",
-        "  triton: there is no Triton kernel",
     ]
     if _FALLBACKS:
         lines += ["", "Fallbacks to the reference in this process:"]

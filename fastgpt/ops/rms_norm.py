@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -138,12 +138,12 @@ def _native(
     rstd = x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
     if x.numel():
         kernels.rms_norm_forward(
-            y=pointer(y),
-            sum=None if residual is None else pointer(sum),
-            rstd=pointer(rstd),
-            x=pointer(x),
-            residual=pointer(residual),
-            weight=pointer(weight),
+            y=y,
+            sum=None if residual is None else sum,
+            rstd=rstd,
+            x=x,
+            residual=residual,
+            weight=weight,
             rows=rstd.numel(),
             cols=x.numel() // rstd.numel(),
             eps=eps,
@@ -164,13 +164,13 @@ def _native_backward(
     dx = torch.empty_like(x)
     dweight = x.new_empty(0) if weight is None else torch.empty_like(weight)
     kernels.rms_norm_backward(
-        dx=pointer(dx),
-        dweight=None if weight is None else pointer(dweight),
-        dy=pointer(dy),
-        dsum=pointer(dsum),
-        x=pointer(x),
-        weight=pointer(weight),
-        rstd=pointer(rstd),
+        dx=dx,
+        dweight=None if weight is None else dweight,
+        dy=dy,
+        dsum=dsum,
+        x=x,
+        weight=weight,
+        rstd=rstd,
         rows=rstd.numel(),
         cols=x.numel() // rstd.numel(),
         dtype=DTYPES[x.dtype],

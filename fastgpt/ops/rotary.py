@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import checks, native, positions, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 
@@ -215,11 +215,11 @@ def _native(
     rows = None if starts is None else starts[:, None].expand(-1, batch // starts.numel()).contiguous()
     try:
         kernels.rotary(
-            y=y4.data_ptr(),
-            x=x4.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            starts=pointer(rows),
+            y=y4,
+            x=x4,
+            cos=cos,
+            sin=sin,
+            starts=rows,
             start=start,
             batch=batch,
             heads=heads,

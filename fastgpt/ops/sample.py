@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import checks, native, philox, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate, as_rows
 
 # Columns of the two tables of options; csrc/fastgpt.h's Sample has them in this order.
@@ -429,14 +429,14 @@ def _native(
     previous = None if previous is None else previous.contiguous()
     try:
         kernels.sample(
-            token=pointer(token),
-            log_prob=pointer(log_prob),
-            logits=pointer(x),
-            reals=pointer(by_row[0]),
-            integers=pointer(by_row[1]),
-            row=pointer(by_row[2]),
-            previous=pointer(previous),
-            logit_bias=pointer(bias),
+            token=token,
+            log_prob=log_prob,
+            logits=x,
+            reals=by_row[0],
+            integers=by_row[1],
+            row=by_row[2],
+            previous=previous,
+            logit_bias=bias,
             rows=rows,
             vocab=vocab,
             previous_count=0 if previous is None else previous.shape[1],

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, pointer, unsupported_dtype, with_huge_pages
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
 
 
@@ -104,9 +104,9 @@ def _native(kernels: Kernels, gate: Tensor, up: Tensor | None) -> Tensor:
     y = with_huge_pages(gate.new_empty(g.shape if gate.dim() else ()))
     if y.numel():
         kernels.swiglu_forward(
-            y=pointer(y),
-            gate=pointer(g),
-            up=pointer(u),
+            y=y,
+            gate=g,
+            up=u,
             rows=y.numel() // g.shape[-1],
             cols=g.shape[-1],
             gate_stride=gate_stride,
@@ -125,11 +125,11 @@ def _native_backward(kernels: Kernels, dy: Tensor, gate: Tensor, up: Tensor | No
         cols = g.shape[-1]
         into_gate, into_up = _halves(dgate, None if up is None else dup)
         kernels.swiglu_backward(
-            dgate=pointer(into_gate),
-            dup=pointer(into_up),
-            dy=pointer(dy),
-            gate=pointer(g),
-            up=pointer(u),
+            dgate=into_gate,
+            dup=into_up,
+            dy=dy,
+            gate=g,
+            up=u,
             rows=dy.numel() // cols,
             cols=cols,
             gate_stride=gate_stride,

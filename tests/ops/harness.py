@@ -27,8 +27,8 @@ Function = Callable[..., Any]  # run(backend, **tensors) -> Tensor or tuple of T
 
 def backends(op: str) -> list[Any]:
     """The backends of ``op``, for pytest.mark.parametrize; each must meet the same budget."""
-    emulated = ["simt"] if native.has_kernel("simt", op) else []
-    return ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu), *emulated]
+    without_gpu = [backend for backend in ("triton", "simt") if native.has_kernel(backend, op)]
+    return ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu), *without_gpu]
 
 
 def backends_here(op: str) -> list[str]:

@@ -1,0 +1,161 @@
+"""How the kernels of this folder are launched: the one door to running, recording and tuning them.
+
+A kernel has one configuration (block sizes, warps, pipeline stages), or a few per architecture, the preferred one
+first. Where there are several, the first call of a shape class times them on the GPU that is there, says so, and keeps
+the answer in a file; FASTGPT_DETERMINISTIC=1 always takes the first, since block sizes decide the order of sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+# Called with the target; the configurations to choose from, the preferred one first.
+Configs = Callable[[GPUTarget], Sequence[triton.Config]]
+Grid = Callable[[dict[str, Any]], tuple[int, ...]] | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of ``launch``, for those who compile kernels without running them (``recording``)."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    configs: Configs
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_records: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside the block launches are noted in the list, and nothing runs."""
+    global _records
+    before, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = before
+
+
+def one_config(*, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> Configs:
+    """The only configuration, on every architecture."""
+    config = triton.Config(constants, num_warps=num_warps, num_stages=num_stages)
+    return lambda target: (config,)
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    *args: Any,
+    configs: Configs,
+    shape_class: tuple[Any, ...] = (),
+    fp_fusion: bool = True,
+    **constants: Any,
+) -> None:
+    """Runs ``kernel`` on a grid.
+
+    Args:
+        kernel: a function under @triton.jit.
+        grid: its extents, or a function of the constants (those of the configuration included). Nothing runs if an
+            extent is zero.
+        args: the arguments that are not tl.constexpr, in order. Tensors stand for their first element; None for a null
+            pointer, which the kernel sees as a constant.
+        configs: what to choose from.
+        shape_class: what the best configuration depends on, besides the kernel and the architecture: a power of two of
+            a length, a dtype, a flag. Never the batch: its rows must not change each other's bits.
+        fp_fusion: whether a * b + c may become one instruction; False where bits must equal another backend's.
+        constants: the tl.constexpr arguments that are not the configuration's.
+    """
+    options = {"enable_fp_fusion": fp_fusion}
+    if _records is not None:
+        _records.append(Launch(kernel, args, constants, configs, options))
+        return
+    if not callable(grid) and 0 in grid:
+        return
+    choices = configs(_target())
+
+    def run(config: triton.Config) -> None:
+        chosen = {**constants, **config.kwargs}
+        extents = grid(chosen) if callable(grid) else grid
+        if 0 not in extents:
+            kernel[extents](*args, **chosen, num_warps=config.num_warps, num_stages=config.num_stages, **options)
+
+    run(choices[0] if len(choices) == 1 else _choose(kernel, choices, shape_class, run))
+
+
+def _target() -> GPUTarget:
+    if triton.knobs.runtime.interpret:
+        return GPUTarget("cuda", 80, 32)
+    return triton.runtime.driver.active.get_current_target()
+
+
+# --- tuning ---
+
+
+def _choose(
+    kernel: Any, choices: Sequence[triton.Config], shape_class: tuple[Any, ...], run: Callable[[triton.Config], None]
+) -> triton.Config:
+    deterministic = os.environ.get("FASTGPT_DETERMINISTIC", "0") not in ("", "0")
+    if deterministic or not torch.cuda.is_available():
+        return choices[0]
+    key = f"{kernel.__name__} {' '.join(map(str, shape_class))}"
+    file = _file(torch.cuda.current_device(), kernel)
+    tuned = _tuned(file)
+    if key not in tuned:
+        if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
+            return choices[0]
+        tuned[key] = _fastest(key, choices, run)
+        _save(file, tuned)
+    return choices[tuned[key]]
+
+
+def _fastest(key: str, choices: Sequence[triton.Config], run: Callable[[triton.Config], None]) -> int:
+    print(f"fastgpt: timing {len(choices)} configurations of {key}, once (a few seconds)", file=sys.stderr, flush=True)
+    times = []
+    for config in choices:
+        try:
+            times.append(triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=20))
+        except triton.runtime.errors.OutOfResources:
+            times.append(float("inf"))
+    return times.index(min(times))
+
+
+def _file(device: int, kernel: Any) -> Path:
+    """Where the answers for this GPU, this Triton and this source are kept."""
+    root = os.environ.get("FASTGPT_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "fastgpt")
+    source = hashlib.sha256(Path(sys.modules[kernel.fn.__module__].__file__ or "").read_bytes()).hexdigest()[:16]
+    name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
+    return Path(root).expanduser() / "triton" / f"{name}-{triton.__version__}-{source}.json"
+
+
+@functools.cache
+def _tuned(file: Path) -> dict[str, int]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _save(file: Path, tuned: dict[str, int]) -> None:
+    """Written aside and moved into place, so that another process never reads half a file. A cache that cannot be
+    written is timed again next time."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(tuned, indent=1))
+        part.replace(file)
