@@ -106,10 +106,11 @@ def main() -> int:
     print(f"\n{text}")
     # A kill means something only if the test passes without the bug.
     libraries = {checked: emulator.library for checked, emulator in emulators.items()}
-    sound = suite.run(sorted({o.killer for o in outcomes if o.killer}), libraries) if good else suite.Result(0)
+    killers = sorted({o.killer for o in outcomes if o.killer})
+    sound = suite.run(killers, libraries) if good and killers else suite.Result(0)
     if sound.failed:
         print(f"FAILS ON SOUND KERNELS  {sound.failed}\n{sound.why}")
-    elif good:
+    elif good and killers:
         print(f"the {sound.ran} tests that killed them pass on sound kernels")
     print(f"{time.monotonic() - began:.0f} s")
     return 0 if good and not sound.failed else 1

@@ -213,6 +213,18 @@ def test_misaligned_pointers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("length", [30, 70])
+def test_what_lies_beside_a_row_is_not_read(length, dtype, backend):
+    """Rows off any alignment, with NaN between them."""
+    tensors = make((2, 3, 3, length, length, 24, 24))
+    for name, t in tensors.items():
+        view = torch.full((*t.shape[:-1], 26), math.nan, dtype=t.dtype)[..., 1:25]
+        tensors[name] = view.copy_(t.detach()).requires_grad_()
+    harness.check(runner(is_causal=True), tensors, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("query", "key", "value"),
     [

@@ -105,6 +105,19 @@ def test_any_number_of_splits(backend, num_splits, dtype):
         harness.check(run, make(HEADS[0], length), dtype, backend, gradients=False)
 
 
+@pytest.mark.parametrize("dtype", harness.FLOATS)
+@pytest.mark.parametrize("num_splits", [0, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_of_unequal_weight(backend, num_splits, dtype):
+    """The last keys, which are the rest of a division by the pieces, outweigh all others by more than a float holds."""
+    keys = 64 * 34 + 1
+    t = make((2, 2, 16, 16), 1, (keys,), capacity=keys)
+    t["query"].fill_(8.0)
+    t["k_cache"][:, :-1].clamp_(max=-1.0)
+    t["k_cache"][:, -1] = 8.0
+    harness.check(runner("causal", (2, 2, 16, 16), (keys,), num_splits=num_splits), t, dtype, backend, gradients=False)
+
+
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64, 256])
 @pytest.mark.parametrize(("option", "backend"), CASES)
 def test_pages_are_a_cache(option, backend, page_size):
