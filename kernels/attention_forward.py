@@ -1,0 +1,227 @@
+"""attention_forward: out = dropped(softmax(score(scale Q K^T))) V and the log-sum-exp of every query; FlashAttention-2
+(Dao, 2023). csrc/fastgpt.h has the formulas, the options and where things lie; docs/ops/attention.md the figures.
+
+Shapes: B batch, T queries, S keys, H heads, Hkv key/value heads, D and Dv head dims.
+Flops: 4 B H T S D, half of it when causal. Bytes: Q and out once, K and V once per tile of rows (from L2 but for the
+first time).
+
+One program per tile of rows and key/value head. A row is a query of one query head of the group, so that few queries
+of many heads fill a tile and its keys are read once for all of them. It goes over the tiles of keys that its band
+meets, in up to three loops: those that the band's left side cuts, those that every row sees, which need no mask, and
+those that its right side or the end of the keys cuts. Where an option looks at every score, there is but the last loop.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32
+from torch import dtype as torch_dtype
+from triton.backends.compiler import GPUTarget
+
+from fastgpt.kernels.attention_core import (
+    LN2,
+    LOG2E,
+    MAX_LENGTH,
+    MIN_TILE,
+    biased,
+    capped,
+    dropout_scale,
+    end_key_of,
+    first_key_of,
+    limit,
+    load_tile,
+    sees,
+    sequence_of,
+    store_tile,
+    tile_width,
+    unit_of,
+)
+from fastgpt.kernels.core import dropout_values
+from fastgpt.kernels.launch import Configs, launch
+
+# What changes from call to call is compiled for once.
+_NUMBERS = [
+    *("kv_heads", "queries", "keys", "dim", "value_dim", "table_stride", "page_size"),
+    *(f"{x}_{stride}" for x in ["out", "q", "k", "v"] for stride in ("batch", "head", "row")),
+    *("lse_batch", "lse_head", "mask_batch", "mask_head", "mask_row", "alibi_batch"),
+    *("left", "right", "dropout_threshold"),
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def attention_forward_kernel(
+    out, lse, q, k, v, mask, sinks, alibi, dropout_seed, cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table,
+    kv_heads, group, queries, keys, dim, value_dim, out_batch, out_head, out_row, q_batch, q_head, q_row,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, lse_batch, lse_head, mask_batch, mask_head, mask_row, mask_key,
+    alibi_batch, table_stride, page_size, left, right, dropout_threshold, dropout_factor, scale, softcap,
+    BOTTOM_RIGHT: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """None for what a call has not; strides of q, k, v and out and head dims in units of UNIT elements."""
+    HALF: tl.constexpr = q.dtype.element_ty != tl.float32
+    # Whether the band is all that a score's mask depends on.
+    PLAIN: tl.constexpr = mask is None and alibi is None and dropout_seed is None and block_table is None
+    # Scores are held in units in which exp is cheap: base 2 for the 16-bit types, whose P is rounded anyway; natural
+    # for float32, where the product with log2(e) would be one rounding more.
+    SCORE_UNIT: tl.constexpr = LOG2E if HALF else 1.0
+
+    tiles = tl.cdiv(queries * group, ROWS)
+    head_index = tl.program_id(0) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # causal: the longest first
+    batch, kv_head = (head_index // kv_heads).to(tl.int64), head_index % kv_heads
+    queries, keys, first_query, first_key = sequence_of(cu_seqlens_q, cu_seqlens_k, batch, queries, keys)
+    if cache_seqlens is not None:
+        keys = tl.maximum(tl.minimum(tl.load(cache_seqlens + batch), keys), 0)
+    shift = keys - queries if BOTTOM_RIGHT else 0
+    rows, first_row = queries * group, tile * ROWS
+    if first_row >= rows:
+        return
+
+    # Rows past the end are the last one again, so that whatever they look up is there; they are not written.
+    row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)
+    query, head = row // group, kv_head * group + row % group
+    last_query = (tl.minimum(first_row + ROWS, rows) - 1) // group
+    columns, value_columns = tl.arange(0, D), tl.arange(0, DV)
+    dim = None if dim is None else dim * UNIT
+    value_dim = None if value_dim is None else value_dim * UNIT
+    q_rows = q + batch * q_batch * UNIT + head.to(tl.int64) * q_head * UNIT + (first_query + query) * q_row * UNIT
+    q_tile = load_tile(q_rows, None, columns, dim)
+    k += tl.cast(kv_head, tl.int64) * k_head * UNIT
+    v += tl.cast(kv_head, tl.int64) * v_head * UNIT
+    if block_table is None:
+        k += batch * k_batch * UNIT + first_key * k_row * UNIT
+        v += batch * v_batch * UNIT + first_key * v_row * UNIT
+    slope = None if alibi is None else tl.load(alibi + batch * alibi_batch + head)[:, None]
+    if mask is not None:
+        mask += (batch * mask_batch + head.to(tl.int64) * mask_head + query.to(tl.int64) * mask_row)[:, None]
+    if dropout_seed is not None:
+        seed, dropout_head = tl.load(dropout_seed), (batch * kv_heads * group + head)[:, None]
+
+    # Seen by some row: [begin, end); by all: [whole_begin, whole_end).
+    first = first_row // group
+    begin = first_key_of(first, shift, left) // KEYS * KEYS
+    end = end_key_of(last_query, shift, right, keys)
+    if PLAIN:
+        whole_begin = tl.cdiv(first_key_of(last_query, shift, left), KEYS) * KEYS
+        whole_end = tl.maximum(end_key_of(first, shift, right, keys) // KEYS * KEYS, whole_begin)
+    else:
+        whole_begin, whole_end = begin, begin
+
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    l = tl.zeros((ROWS,), tl.float32)  # noqa: E741
+    o = tl.zeros((ROWS, DV), tl.float32)
+    for part in tl.static_range(0 if left is not None and PLAIN else 1 if PLAIN else 2, 3):
+        start = begin if part == 0 else whole_begin if part == 1 else whole_end
+        stop = tl.minimum(whole_begin, end) if part == 0 else whole_end if part == 1 else end
+        for first_of_tile in range(start, stop, KEYS):
+            key = first_of_tile + tl.arange(0, KEYS)
+            there = None if part == 1 else key < keys
+            if block_table is None:
+                k_rows, v_rows = k + key.to(tl.int64) * k_row * UNIT, v + key.to(tl.int64) * v_row * UNIT
+            else:
+                page = tl.load(block_table + batch * table_stride + key // page_size, mask=there, other=0)
+                row_of_page = (key % page_size).to(tl.int64)
+                k_rows = k + page.to(tl.int64) * k_batch * UNIT + row_of_page * k_row * UNIT
+                v_rows = v + page.to(tl.int64) * v_batch * UNIT + row_of_page * v_row * UNIT
+            k_tile = load_tile(k_rows, there, columns, dim)
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            if PLAIN and softcap is None:
+                s *= scale * SCORE_UNIT
+                if part != 1:
+                    s = tl.where(sees(query[:, None], key[None, :], shift, left, right, keys), s, float("-inf"))
+            else:
+                s = capped(s * scale, softcap)
+                if part != 1:
+                    seen = sees(query[:, None], key[None, :], shift, left, right, keys)
+                    s = biased(s, seen, query[:, None], key[None, :], keys - queries, slope, mask, mask_key)
+                s *= SCORE_UNIT
+
+            most = tl.maximum(m, tl.max(s, 1))
+            # Where nothing is seen yet, exp(-inf - 0) is 0 and not NaN.
+            base = most if part == 1 else tl.where(most == float("-inf"), 0.0, most)
+            p = _exponential(s - base[:, None], HALF)
+            shrink = _exponential(m - base, HALF)
+            m = most
+            l = l * shrink + tl.sum(p, 1)  # noqa: E741
+            if dropout_seed is not None:
+                numbers = dropout_values(seed, dropout_head, query, first_of_tile, KEYS)
+                p = tl.where(numbers >= dropout_threshold, p, 0.0)
+            v_tile = load_tile(v_rows, there, value_columns, value_dim)
+            o = tl.dot(p.to(v_tile.dtype), v_tile, o * shrink[:, None], input_precision="ieee")
+
+    if sinks is not None:
+        sink = tl.load(sinks + head) * SCORE_UNIT
+        most = tl.maximum(m, sink)
+        base = tl.where(most == float("-inf"), 0.0, most)
+        shrink = _exponential(m - base, HALF)
+        m = most
+        l = l * shrink + _exponential(sink - base, HALF)  # noqa: E741
+        o *= shrink[:, None]
+    nothing = m == float("-inf")  # no key is seen, and there is no sink
+    divisor = tl.where(nothing, 1.0, l)
+    if HALF:
+        o *= (dropout_factor / divisor)[:, None]
+    else:  # one rounding less
+        o = tl.div_rn(o if dropout_seed is None else o * dropout_factor, tl.broadcast_to(divisor[:, None], (ROWS, DV)))
+    inside = first_row + tl.arange(0, ROWS) < rows
+    out_rows = out + batch * out_batch * UNIT + head.to(tl.int64) * out_head * UNIT
+    store_tile(out_rows + (first_query + query) * out_row * UNIT, inside, value_columns, value_dim, o)
+    value = tl.where(nothing, float("inf"), (m * LN2 if HALF else m) + tl.log(divisor))
+    tl.store(lse + batch * lse_batch + head.to(tl.int64) * lse_head + first_query + query, value, mask=inside)
+
+
+@triton.jit
+def _exponential(x, HALF: tl.constexpr):
+    return tl.exp2(x) if HALF else tl.exp2(x * LOG2E)
+
+
+def attention_forward(
+    *, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
+    alibi: Tensor | None, dropout_seed: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    cache_seqlens: Tensor | None, block_table: Tensor | None, batch: int, heads: int, kv_heads: int, queries: int,
+    keys: int, dim: int, value_dim: int, total_queries: int, total_keys: int, out_strides: Sequence[int],
+    q_strides: Sequence[int], k_strides: Sequence[int], v_strides: Sequence[int], lse_strides: Sequence[int],
+    mask_strides: Sequence[int], alibi_stride: int, block_table_stride: int, page_size: int, left: int, right: int,
+    dropout_threshold: int, num_splits: int, scale: float, softcap: float, bottom_right: bool, dtype: int,
+    mask_dtype: int, mask_bool: bool,
+) -> None:  # fmt: skip
+    """Fields: csrc/fastgpt.h's AttentionForward. ``num_splits`` is not looked at: the keys of a query are not split."""
+    group = heads // kv_heads
+    # Of packed sequences a tile has the same rows whatever they are: the longest must not change its neighbours' bits.
+    rows = MAX_LENGTH if cu_seqlens_q is not None else queries * group
+    strides = (*out_strides, *q_strides, *k_strides, *v_strides)
+    unit = unit_of((q,), (dim, value_dim, *strides))
+    width, value_width = tile_width(dim), tile_width(value_dim)
+
+    def grid(constants: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(queries * group, constants["ROWS"]) * batch * kv_heads,)
+
+    launch(
+        attention_forward_kernel, grid,
+        out, lse, q, k, v, mask, sinks, alibi, dropout_seed if dropout_threshold else None, cu_seqlens_q, cu_seqlens_k,
+        cache_seqlens, block_table,
+        kv_heads, group, queries, keys, None if dim == width else dim // unit,
+        None if value_dim == value_width else value_dim // unit, *(stride // unit for stride in strides),
+        *lse_strides, *((None,) * 4 if mask is None else mask_strides), alibi_stride, block_table_stride, page_size,
+        limit(left), limit(right), dropout_threshold, dropout_scale(dropout_threshold), scale,
+        softcap if softcap > 0 else None,
+        configs=_configs(q.dtype, max(width, value_width), rows),
+        shape_class=(str(q.dtype), max(width, value_width), right >= 0), fp_fusion=q.dtype == float32,
+        BOTTOM_RIGHT=bottom_right and (left >= 0 or right >= 0), UNIT=unit, D=width, DV=value_width,
+    )  # fmt: skip
+
+
+def _configs(dtype: torch_dtype, width: int, rows: int) -> Configs:
+    """Tiles of rows x keys for head dims padded to ``width``; no more rows than there are."""
+    least = max(triton.next_power_of_2(min(rows, 128)), MIN_TILE)
+
+    def configs(target: GPUTarget) -> list[triton.Config]:
+        tiles = [(64, 32, 4, 2)]
+        return [
+            triton.Config({"ROWS": min(r, least), "KEYS": n}, num_warps=warps, num_stages=stages)
+            for r, n, warps, stages in tiles
+        ]
+
+    return configs
