@@ -95,8 +95,11 @@ _simt_checked = _optional("_simt_checked")
 _NO_CUDA = "CUDA is not in this build, which needs nvcc"
 _NO_EMULATOR = "the emulator is not in this build: build with FASTGPT_SIMT=on"
 _NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton (Linux)"
+_TRITON_KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # FASTGPT_TRITON_KERNELS names another folder to load the Triton kernels from: the mutation run judges changed ones so.
-_TRITON_KERNELS = Path(os.environ.get("FASTGPT_TRITON_KERNELS") or Path(__file__).resolve().parents[1] / "kernels")
+if path := os.environ.get("FASTGPT_TRITON_KERNELS"):
+    _TRITON_KERNELS = Path(path)
+    importlib.import_module("fastgpt.kernels").__path__ = [path]
 
 # The kernels of operators that call others than <op>, <op>_forward and <op>_backward.
 _KERNELS_OF = {

@@ -192,10 +192,13 @@ def resolve(name: str, requested: str | None, device: torch.device, refusal: str
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def _note_fallback(name: str, why: str) -> bool:
     _FALLBACKS[name, why] += 1
     return True
+
+
+# What torch.compiler.assume_constant_result does. That imports torch._dynamo, which takes longer than all of fastgpt.
+_note_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fallbacks() -> dict[tuple[str, str], int]:

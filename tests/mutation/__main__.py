@@ -1,9 +1,10 @@
-"""``make mutate``: plants known bugs in the CUDA kernels, one at a time, and checks that the test suite notices each.
+"""``make mutate``: plants known bugs in the CUDA and Triton kernels, one at a time; the tests must notice each.
 
 mutants/*.toml list them: a piece of source and what to put in its place. A mutant is killed when a test of its
-operators fails on the emulator, or, if the plain one notices nothing, a test of the kernels on the checked one. Mutants
-that change nothing that a program can observe are marked ``equivalent`` with the reason; they must survive. The run
-fails if another one does, if one does not compile, or if a test that killed one fails on sound kernels too.
+operators fails: on the emulator or, if the plain one notices nothing, on the checked one; for Triton by the interpreter
+or else the sanitizer. Mutants that change nothing that a program can observe are marked ``equivalent`` with the reason;
+they must survive. The run fails if another one does, if one does not compile, or if a test that killed one fails on
+sound kernels too.
 
 The sound emulator is built in build/mutation. Then only the changed file is compiled, with the same commands, into a
 folder of its own: neither the sources nor that build are touched.
@@ -22,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.mutation import suite
-from tests.mutation.emulator import DoesNotCompile, Emulator
-from tests.mutation.mutants import ROOT, Mutant, load
+from tests.mutation.emulator import Emulator
+from tests.mutation.mutants import DoesNotCompile, Mutant, load
+from tests.mutation.triton_kernels import Triton
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Outcome:
     why: str = ""  # how it failed, or what was wrong with the mutant
     broken: bool = False  # it does not compile, so it says nothing
     seconds: float = 0.0
+    runner: str = ""  # by which it failed
 
     @property
     def good(self) -> bool:
@@ -46,26 +49,32 @@ class Outcome:
         return f"killed    {self.mutant}: {self.killer}" if self.killer else f"SURVIVED  {self.mutant}"
 
 
-def selection(mutant: Mutant, checked: bool) -> list[str]:
-    """The tests that judge a mutant, as arguments of pytest."""
-    if checked:
-        return ["tests/simt/test_kernels_checked.py", "-k", " or ".join(f"test_checked and {op}" for op in mutant.ops)]
-    files = [str(p.relative_to(ROOT)) for op in mutant.ops for p in sorted((ROOT / "tests/ops").glob(f"test_{op}*.py"))]
-    # Not those of the operator's registration: they are about Python, and slow.
-    return [*files, "-k", f"simt and not registration and ({mutant.tests or 'test'})"]
+# "<language> <checked>": what judges the mutants of a language, the plain runner and the checking one.
+Runners = dict[str, "Emulator | Triton"]
 
 
-def judge(mutant: Mutant, emulators: dict[bool, Emulator]) -> Outcome:
+def make_runners(mutants: Sequence[Mutant]) -> Runners:
+    runners: Runners = {}
+    for checked in (False, True):
+        if any(m.triton for m in mutants):
+            runners[f"triton {checked}"] = Triton(checked)
+        if not all(m.triton for m in mutants):
+            runners[f"cuda {checked}"] = Emulator(checked)
+    return runners
+
+
+def judge(mutant: Mutant, runners: Runners) -> Outcome:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fastgpt-mutant-") as folder:
         for checked in (True,) if mutant.checked else (False, True):
+            name = f"{'triton' if mutant.triton else 'cuda'} {checked}"
             try:
-                library = emulators[checked].build(mutant, Path(folder))
+                environment = runners[name].environment(mutant, Path(folder))
             except DoesNotCompile as error:
                 return Outcome(mutant, why=str(error), broken=True)
-            result = suite.run(selection(mutant, checked), {checked: library})
+            result = suite.run(runners[name].selection(mutant), environment)
             if result.failed:
-                return Outcome(mutant, result.failed, result.why, seconds=time.monotonic() - began)
+                return Outcome(mutant, result.failed, result.why, seconds=time.monotonic() - began, runner=name)
     return Outcome(mutant, seconds=time.monotonic() - began)
 
 
@@ -94,10 +103,10 @@ def main() -> int:
             print(f"{m.kind:10} {m}{'  (equivalent)' if m.equivalent else ''}")
         return 0
     began = time.monotonic()
-    emulators = {checked: Emulator(checked) for checked in (False, True)}
+    runners = make_runners(mutants)
     outcomes = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for done in concurrent.futures.as_completed(pool.submit(judge, m, emulators) for m in mutants):
+        for done in concurrent.futures.as_completed(pool.submit(judge, m, runners) for m in mutants):
             outcomes.append(done.result())
             print(f"{outcomes[-1]} ({outcomes[-1].seconds:.0f} s)", flush=True)
             if options.verbose and outcomes[-1].killer:
@@ -105,15 +114,16 @@ def main() -> int:
     text, good = verdict(outcomes)
     print(f"\n{text}")
     # A kill means something only if the test passes without the bug.
-    libraries = {checked: emulator.library for checked, emulator in emulators.items()}
-    killers = sorted({o.killer for o in outcomes if o.killer})
-    sound = suite.run(killers, libraries) if good and killers else suite.Result(0)
-    if sound.failed:
-        print(f"FAILS ON SOUND KERNELS  {sound.failed}\n{sound.why}")
-    elif good and killers:
-        print(f"the {sound.ran} tests that killed them pass on sound kernels")
+    for name, runner in runners.items() if good else ():
+        killers = sorted({o.killer for o in outcomes if o.runner == name})
+        sound = suite.run(killers, runner.sound) if killers else suite.Result(0)
+        good = good and not sound.failed
+        if sound.failed:
+            print(f"FAILS ON SOUND KERNELS  {sound.failed}\n{sound.why}")
+        elif killers:
+            print(f"the {sound.ran} tests that killed them pass on sound kernels ({name.split()[0]})")
     print(f"{time.monotonic() - began:.0f} s")
-    return 0 if good and not sound.failed else 1
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

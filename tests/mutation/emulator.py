@@ -1,4 +1,5 @@
-"""Builds the emulator's two modules in a folder of its own, and builds them again with a changed source.
+"""Judges mutants of the CUDA kernels: builds the emulator's two modules in a folder of its own, and again with a
+changed source.
 
 A folder of its own, because a build that pip made in isolation remembers a cmake that is gone, and cannot go on.
 """
@@ -13,13 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.mutation.mutants import ROOT, Mutant
+from tests.mutation.mutants import ROOT, DoesNotCompile, Mutant
+from tests.mutation.suite import tests_of
 
 BUILD = ROOT / "build" / "mutation"
-
-
-class DoesNotCompile(Exception):
-    pass
 
 
 def _tool(*command: str | Path) -> str:
@@ -47,10 +45,12 @@ def configure() -> None:
 
 
 class Emulator:
-    """One of the modules: the sound one, `library`, and the commands that make it."""
+    """One of the modules: the sound one, and the commands that make it."""
 
     def __init__(self, checked: bool) -> None:
+        self.checked = checked
         self.module = "_simt_checked" if checked else "_simt"
+        self.variable = f"FASTGPT{self.module.upper()}_LIBRARY"  # read by fastgpt/ops/native.py
         configure()
         _tool("ninja", "-C", BUILD, self.module)
         commands = json.loads((BUILD / "compile_commands.json").read_text())
@@ -65,10 +65,15 @@ class Emulator:
             if " -shared " in line
         ]
         self.link = shlex.split(link.strip().removeprefix(": && ").removesuffix("&& :"))
-        self.library = BUILD / self.link[self.link.index("-o") + 1]
+        self.sound = {self.variable: str(BUILD / self.link[self.link.index("-o") + 1])}
 
-    def build(self, mutant: Mutant, folder: Path) -> Path:
-        """The module with the mutant in it."""
+    def selection(self, mutant: Mutant) -> list[str]:
+        if not self.checked:
+            return tests_of(mutant, "simt")
+        return ["tests/simt/test_kernels_checked.py", "-k", " or ".join(f"test_checked and {op}" for op in mutant.ops)]
+
+    def environment(self, mutant: Mutant, folder: Path) -> dict[str, str]:
+        """Where the tests find the module with the mutant in it, which is built now."""
         changed = folder / mutant.file
         changed.parent.mkdir(parents=True, exist_ok=True)
         changed.write_text(mutant.mutated())
@@ -79,16 +84,16 @@ class Emulator:
             link.remove(command[output])
             objects.append(str(folder / f"{self.module}-{unit}.o"))
             command[output] = objects[-1]
-            if mutant.file == f"cuda/{unit}":
+            if mutant.file == f"csrc/cuda/{unit}":
                 command[source] = str(changed)
-            command[1:1] = [f"-I{folder}", "-w"]  # a changed header is found before the sound one
+            command[1:1] = [f"-I{folder / 'csrc'}", "-w"]  # a changed header is found before the sound one
             self._compiler(command)
         # First, so that functions of a changed header that other units have too are taken from here.
         link[1:1] = objects
         library = folder / f"{self.module}.so"
         link[link.index("-o") + 1] = str(library)
         self._compiler(link)
-        return library
+        return {self.variable: str(library)}
 
     @staticmethod
     def _compiler(command: list[str]) -> None:

@@ -13,29 +13,36 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
 FOLDER = Path(__file__).with_name("mutants")
+
+
+class DoesNotCompile(Exception):
+    pass
 
 
 @dataclass(frozen=True)
 class Mutant:
     name: str
     kind: str
-    file: str  # under csrc
+    file: str  # csrc/... or kernels/...
     find: str  # occurs once
     replace: str
     ops: tuple[str, ...]  # whose suites must notice
-    units: tuple[str, ...]  # the .cu files to rebuild
+    units: tuple[str, ...] = ()  # the .cu files to rebuild
     tests: str = ""  # pytest -k: the tests of those suites that judge it, if not all
-    checked: bool = False  # only the checked build can see it reliably: the plain one is not asked
+    checked: bool = False  # only the checking runner can see it reliably: the plain one is not asked
     equivalent: str = ""  # why no test can see it
 
     def __str__(self) -> str:
         return f"{self.file}: {self.name}"
 
+    @property
+    def triton(self) -> bool:
+        return self.file.startswith("kernels/")
+
     def mutated(self) -> str:
         """The text of the file with the bug in it; raises ValueError where it does not fit the file."""
-        text = (CSRC / self.file).read_text()
+        text = (ROOT / self.file).read_text()
         if (count := text.count(self.find)) != 1:
             raise ValueError(f"{self}: `find` occurs {count} times in the source; it must occur once")
         if self.find == self.replace:

@@ -1,4 +1,4 @@
-"""Runs a selection of the test suite on another build of the emulator, each time in a new process.
+"""Runs a selection of the test suite on changed kernels, each time in a new process.
 
 The processes are forked from one that has imported torch and pytest (multiprocessing's fork server), so a run takes
 little more than its tests do.
@@ -14,18 +14,18 @@ import tempfile
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
-from pathlib import Path
 from typing import IO, Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU_SECONDS = 120  # a mutant may loop for ever; no suite takes as long
-LIBRARY = {False: "FASTGPT_SIMT_LIBRARY", True: "FASTGPT_SIMT_CHECKED_LIBRARY"}  # read by fastgpt/ops/native.py
+from tests.mutation.mutants import ROOT, Mutant
+
+CPU_SECONDS = 240  # a mutant may loop for ever; no suite takes as long
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "pytest", "hypothesis.strategies", "torch._dynamo"])
+# Not Triton, nor what imports it: it reads the interpreter's switch when it is imported.
+_context.set_forkserver_preload(["torch", "pytest", "hypothesis.strategies"])
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,21 @@ def _run(connection: Connection, selection: list[str], environment: dict[str, st
     os._exit(0)  # no destructors of a module that may have written where it should not
 
 
-def run(selection: list[str], libraries: dict[bool, Path]) -> Result:
-    """What the selected tests say with these builds of the plain (False) and the checked (True) emulator."""
+def tests_of(mutant: Mutant, backend: str) -> list[str]:
+    """The tests of a mutant's operators on a backend, as arguments of pytest."""
+    files = [str(p.relative_to(ROOT)) for op in mutant.ops for p in sorted((ROOT / "tests/ops").glob(f"test_{op}*.py"))]
+    # Not those of the operator's registration: they are about Python, and slow.
+    return [*files, "-k", f"{backend} and not registration and ({mutant.tests or 'test'})"]
+
+
+def run(selection: list[str], environment: dict[str, str]) -> Result:
+    """What the selected tests say; the environment leads them to the kernels."""
     with tempfile.TemporaryFile() as output:
-        return _follow(selection, libraries, output)
+        return _follow(selection, environment, output)
 
 
-def _follow(selection: list[str], libraries: dict[bool, Path], output: IO[bytes]) -> Result:
+def _follow(selection: list[str], environment: dict[str, str], output: IO[bytes]) -> Result:
     receiver, sender = _context.Pipe(duplex=False)
-    environment = {LIBRARY[checked]: str(path) for checked, path in libraries.items()}
     process = _context.Process(target=_run, args=(sender, selection, environment, DupFd(output.fileno())))
     process.start()
     sender.close()

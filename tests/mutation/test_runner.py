@@ -4,7 +4,8 @@ import pytest
 
 from tests.mutation import __main__ as runner
 from tests.mutation import mutants, suite
-from tests.mutation.emulator import DoesNotCompile
+from tests.mutation.mutants import DoesNotCompile
+from tests.mutation.triton_kernels import Triton
 
 SOURCE = "a = b + c;\nd = b;\n"
 
@@ -17,22 +18,24 @@ def mutant(**changes):
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     (tmp_path / "x.cu").write_text(SOURCE)
-    monkeypatch.setattr(mutants, "CSRC", tmp_path)
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
     return tmp_path
 
 
 def test_the_mutants_fit_the_sources():
     found = mutants.load()
     assert len(found) >= 60
-    assert {m.file for m in found} >= {"cuda/attention_forward.cu", "cuda/attention_backward.cu", "cuda/norm.cuh"}
+    assert {m.file for m in found} >= {"csrc/cuda/attention_forward.cu", "csrc/cuda/norm.cuh"}
     for m in found:
-        assert all((mutants.CSRC / "cuda" / unit).exists() for unit in m.units), m
+        assert m.triton or m.units, m
+        assert all((mutants.ROOT / "csrc" / "cuda" / unit).exists() for unit in m.units), m
         assert all((mutants.ROOT / "tests" / "ops" / f"test_{op}.py").exists() for op in m.ops), m
 
 
 def test_every_kernel_file_has_mutants():
-    files = {p.name for p in (mutants.CSRC / "cuda").glob("*.cu")} - {"device.cu", "kernels.cu"}
-    assert files == {unit for m in mutants.load() for unit in m.units}
+    found = mutants.load()
+    files = {p.name for p in (mutants.ROOT / "csrc" / "cuda").glob("*.cu")} - {"device.cu", "kernels.cu"}
+    assert files == {unit for m in found for unit in m.units}
 
 
 def test_a_mutant_changes_one_place(source):
@@ -85,32 +88,45 @@ replace = ""
     assert [word in str(refused.value) for word in ("two of this name", "occurs 0 times", "fnid")] == [True] * 3
 
 
-class Emulator:
+class Runner:
     """Builds nothing, or fails to."""
 
-    library = "sound"
+    def __init__(self, checked, error=None):
+        self.checked, self.error = checked, error
 
-    def __init__(self, error=None):
-        self.error = error
+    def selection(self, mutant):
+        return [self.checked]
 
-    def build(self, mutant, folder):
+    def environment(self, mutant, folder):
         if self.error:
             raise self.error
-        return folder / "mutant.so"
+        return {}
 
 
-def judged(monkeypatch, by_plain="", by_checked="", **changes):
-    """The outcome where those tests fail; and which builds were asked."""
+def judged(monkeypatch, by_plain="", by_checked="", language="cuda", **changes):
+    """The outcome where those tests fail; and which runners were asked."""
     asked = []
 
-    def run(selection, libraries):
-        ((is_checked, _),) = libraries.items()
-        asked.append(is_checked)
-        assert ("test_kernels_checked" in selection[0]) == is_checked
-        return suite.Result(1, by_checked if is_checked else by_plain, "why")
+    def run(selection, environment):
+        asked.extend(selection)
+        return suite.Result(1, by_checked if selection[0] else by_plain, "why")
 
     monkeypatch.setattr(suite, "run", run)
-    return runner.judge(mutant(**changes), {False: Emulator(), True: Emulator()}), asked
+    return runner.judge(mutant(**changes), {f"{language} {c}": Runner(c) for c in (False, True)}), asked
+
+
+def test_a_triton_mutant_goes_to_the_interpreter_and_then_to_the_sanitizer(monkeypatch):
+    outcome, asked = judged(monkeypatch, by_checked="test_b", language="triton", file="kernels/x.py")
+    assert (outcome.killer, outcome.runner, asked) == ("test_b", "triton True", [False, True])
+
+
+def test_a_triton_mutant_is_in_a_copy_of_the_kernels(tmp_path):
+    (found, *_) = [m for m in mutants.load() if m.triton]
+    environment = Triton(False).environment(found, tmp_path)
+    changed = tmp_path / found.file
+    assert environment == {"FASTGPT_TRITON_RUNNER": "interpreter", "FASTGPT_TRITON_KERNELS": str(changed.parent)}
+    assert changed.read_text() == found.mutated() != (mutants.ROOT / found.file).read_text()
+    assert (changed.parent / "launch.py").exists()
 
 
 def test_the_checked_build_is_asked_where_the_plain_one_notices_nothing(monkeypatch):
@@ -147,8 +163,7 @@ def test_an_equivalent_mutant_must_survive(monkeypatch):
 
 
 def test_a_mutant_that_does_not_compile_is_no_kill():
-    emulator = Emulator(DoesNotCompile("error: no such thing"))
-    outcome = runner.judge(mutant(), {False: emulator, True: emulator})
+    outcome = runner.judge(mutant(), {"cuda False": Runner(False, DoesNotCompile("error: no such thing"))})
     text, good = runner.verdict([outcome])
     assert not good
     assert "killed 0 of 1" in text

@@ -7,10 +7,11 @@ from fastgpt.ops.native import _C
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh tensors hold NaN (or the largest integer), so a kernel that forgets an element is caught."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Below torch.use_deterministic_algorithms, which imports all of torch.compile.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False, warn_only=False)
 
 
 @pytest.fixture(autouse=True)
