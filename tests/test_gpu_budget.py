@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fastgpt.gpu import budget
-from fastgpt.gpu.code import CSRC, Kernel, matches, short_name, source_of
+from fastgpt.gpu.code import CSRC, RUNS_ALSO_ON, Kernel, matches, short_name, source_of
 
 HEAD = """
 [[rule]]
@@ -30,6 +30,7 @@ def kernel(name="sum<float>", architecture=80, **changes):
         "stack": 0,
         "threads": 256,
         "opcodes": {"LDG.E.128.CONSTANT": 2, "STG.E.128": 1, "BAR.SYNC.DEFER_BLOCKING": 1},
+        "runs_also_on": RUNS_ALSO_ON.get(architecture, ()),
     }
     return Kernel(name=name, architecture=architecture, **{**fields, **changes})
 
@@ -80,7 +81,7 @@ def test_what_was_measured_is_within_the_budget():
     ("changes", "sentence"),
     [
         ({"registers": 33}, "sum<float> on sm_80: 33 registers, 32 allowed"),
-        ({"shared": 64}, "sum<float> on sm_80: 64 bytes of static shared memory, 32 allowed"),
+        ({"shared": 64}, "sum<float> on sm_80: 64 bytes of shared memory, 32 allowed"),
         ({"stack": 16}, "sum<float> on sm_80: 16 bytes of local memory a thread, 0 allowed"),
         ({"shared": 90 << 10}, "sum<float> on sm_80: 1 blocks per SM, at least 8 wanted"),
         ({"opcodes": {"LDG.E.64": 1}}, "sum<float> on sm_80: no LDG.128, which it must have"),
@@ -106,6 +107,14 @@ def test_exceptions_and_rules_without_kernels():
     kernels = [copy, kernel("scale<float>")]
     written = updated(kernels)
     assert sentences(budget.check(kernels, written, {})) == ["sum*: a rule for kernels that do not exist"]
+
+
+def test_a_rule_may_be_for_some_architectures():
+    text = HEAD.replace('required = ["LDG.128"]', 'on = ["sm_90"]\nrequired = ["HGMMA"]')
+    kernels = [kernel(), kernel(architecture=90)]
+    written = updated(kernels, text=text)
+    assert sentences(budget.check(kernels, written, {})) == ["sum<float> on sm_90: no HGMMA, which it must have"]
+    assert budget.check(kernels[:1], updated(kernels[:1], text=text), {}) == []
 
 
 def test_launches_give_the_dynamic_shared_memory(tmp_path):
@@ -140,6 +149,10 @@ LINE = '[kernels.sums]\n"sum" = { registers = 32, shared = 0, dynamic = 0, threa
         ('[[rule]]\nkernels = "*"\nbecause = "x"', r"rule 1: kernels = '\*' is not of type list"),
         ('[[rule]]\nkernels = ["*"]\nforbidden = ["LDL"]', "rule 1: because is missing"),
         ('[[rule]]\nkernel = ["*"]', "rule 1: unknown key 'kernel'; allowed are kernels, except"),
+        (
+            '[[rule]]\nkernels = ["*"]\nrequired = ["X"]\non = ["sm_70"]\nbecause = "x"',
+            "rule 1: on = 'sm_70' is unknown",
+        ),
         (LINE.replace("32", "true"), "sum: registers = True is not of type int"),
         (LINE.replace("sm_80", "sm_81"), "sum: blocks: unknown key 'sm_81'; allowed are sm_80, sm_86"),
         (LINE.replace("threads = 64, ", ""), "sum: threads is missing"),

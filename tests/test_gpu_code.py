@@ -155,7 +155,7 @@ def fastgpt(*arguments):
 
 
 @pytest.mark.skipif(_C.cuda.compiled, reason="CUDA is in this build")
-@pytest.mark.parametrize("command", [("explain", "--kernels"), ("gate",)])
+@pytest.mark.parametrize("command", [("explain", "--kernels", "--only", "cuda"), ("gate",)])
 def test_without_cuda_the_commands_say_so(command):
     result = fastgpt(*command)
     assert result.returncode == 1
@@ -164,7 +164,7 @@ def test_without_cuda_the_commands_say_so(command):
 
 @pytest.mark.skipif(not _C.cuda.compiled, reason="CUDA is not in this build")
 def test_kernels_are_listed():
-    result = fastgpt("explain", "--kernels", "--match", "swiglu_forward*", "--arch", "80")
+    result = fastgpt("explain", "--kernels", "--only", "cuda", "--match", "swiglu_forward*", "--arch", "80")
     assert result.returncode == 0, result.stderr
     head, *rows = result.stdout.splitlines()
     assert head.split()[:3] == ["kernel", "arch", "registers"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastgpt.cli.explain import BUDGET
+from fastgpt.cli.explain import BUDGETS, Kind
 from fastgpt.gpu import budget, predictions
 from fastgpt.gpu.code import ROOT
 from fastgpt.gpu.predictions import DEVICES, FORMULAS, SHAPES, Work, floor
@@ -45,4 +45,4 @@ def test_every_formula_counts_something(shape):
 
 def test_the_page_is_what_the_command_writes():
     """After `fastgpt gate --update`: `fastgpt predict --output docs/predictions.md`."""
-    assert (ROOT / "docs" / "predictions.md").read_text() == predictions.document(budget.load(BUDGET))
+    assert (ROOT / "docs" / "predictions.md").read_text() == predictions.document(budget.load(BUDGETS[Kind.cuda]))

@@ -18,6 +18,7 @@ LAYERS = [
     ("fastgpt.training",),
     ("fastgpt.generation",),
     ("fastgpt.checkpoint", "fastgpt.metrics", "fastgpt.progress", "fastgpt.interrupt"),
+    ("fastgpt.gpu.catalogue", "fastgpt.gpu.triton_build"),  # they call every operator
     ("fastgpt.model", "fastgpt.data"),
     ("fastgpt.config", "fastgpt.train_config", "fastgpt.optim", "fastgpt.tokenizers"),
     ("fastgpt.ops",),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastgpt.cli.errors import plain_errors
-from fastgpt.cli.explain import BUDGET
+from fastgpt.cli.explain import BUDGETS, Kind
 from fastgpt.files import atomic_write
 from fastgpt.gpu import budget, predictions
 
@@ -18,7 +18,7 @@ def predict(
 ) -> None:
     """Print predicted floor times on A100, H100 and RTX 4090, at GPT-2's and Llama's shapes. Nothing is measured."""
     with plain_errors():
-        limits = budget.load(BUDGET) if BUDGET.exists() else budget.Budget((), {})
+        limits = budget.load(BUDGETS[Kind.cuda]) if BUDGETS[Kind.cuda].exists() else budget.Budget((), {})
         text = predictions.document(limits)
         if output is None:
             print(text, end="")

@@ -1,10 +1,13 @@
-"""Holds compiled kernels to csrc/cuda/budget.toml: registers, shared memory, blocks per SM, instructions.
+"""Holds compiled kernels to a budget: registers, shared memory, blocks per SM, instructions.
+
+CUDA's is csrc/cuda/budget.toml, Triton's kernels/budget.toml.
 
 The file has two parts. Rules, written by hand, say which instructions kernels must have and must not have::
 
     [[rule]]
     kernels = ["attention_forward_kernel<*"]    # shell patterns of names
     except = ["*<float*"]                       # optional
+    on = ["sm_80", "sm_120"]                    # optional: on these architectures only
     required = ["HMMA", "LDGSTS.128"]           # each at least once, on every architecture
     forbidden = ["LDL", "STL"]                  # none of them
     because = "..."                             # what usually breaks the rule
@@ -33,12 +36,10 @@ else:
     import tomli as tomllib
 
 REGISTER_STEP = 8  # REGISTER_UNIT / WARP: a thread's registers come in eights
-# The code of the first runs on the second, too.
-RUNS_ALSO_ON = {80: (86, 89)}
 MARKER = "# ---- Written by `fastgpt gate --update`; edits below this line are lost. ----\n"
 CAUSES = {
-    "registers": "more values are live at once: a larger tile, a deeper unroll, or a looser __launch_bounds__",
-    "shared": "a larger FASTGPT_SHARED array, or one instance of it for each template argument of a helper",
+    "registers": "more values are live at once: a larger tile or unroll, fewer warps, or a looser __launch_bounds__",
+    "shared": "a larger FASTGPT_SHARED array, one for each template argument of a helper, or in Triton more stages",
     "dynamic": "the third argument of Launch::run grew",
     "blocks": "registers, shared memory or threads of a block grew past what lets that many blocks share an SM",
     "stack": "an array indexed by what is not known when unrolled, a pointer to a local variable, or spilt registers",
@@ -61,6 +62,7 @@ class Rule:
     required: tuple[str, ...]
     forbidden: tuple[str, ...]
     because: str
+    on: tuple[str, ...] = ()  # names of architectures; none: all
 
     def covers(self, name: str) -> bool:
         return any(fnmatchcase(name, p) for p in self.kernels) and not any(fnmatchcase(name, p) for p in self.excepted)
@@ -117,14 +119,16 @@ def _check_keys(what: str, table: Mapping[str, Any], types: Mapping[str, type], 
 
 def _parse_rule(index: int, table: Mapping[str, Any]) -> Rule:
     what = f"rule {index}"
-    lists = ("kernels", "except", "required", "forbidden")
+    lists = ("kernels", "except", "required", "forbidden", "on")
     _check_keys(what, table, {**dict.fromkeys(lists, list), "because": str}, ("kernels", "because"))
     if not table.get("required") and not table.get("forbidden"):
         raise ValueError(f"{what}: it requires nothing and forbids nothing")
     values = {key: tuple(map(str, table.get(key, ()))) for key in lists}
-    return Rule(
-        values["kernels"], values["except"], values["required"], values["forbidden"], " ".join(table["because"].split())
-    )
+    names = [a.name for a in ARCHITECTURES.values()]
+    if unknown := [name for name in values["on"] if name not in names]:
+        raise ValueError(f"{what}: on = {unknown[0]!r} is unknown; allowed are {', '.join(names)}")
+    because = " ".join(table["because"].split())
+    return Rule(values["kernels"], values["except"], values["required"], values["forbidden"], because, values["on"])
 
 
 def _parse_limits(name: str, table: Mapping[str, Any]) -> Limits:
@@ -190,7 +194,7 @@ def _blocks(kernels: Sequence[Kernel], threads: int, dynamic: int) -> dict[int, 
     """The fewest blocks per SM that an architecture holds of any code that it may run."""
     blocks: dict[int, int] = {}
     for kernel in kernels:
-        for number in (kernel.architecture, *RUNS_ALSO_ON.get(kernel.architecture, ())):
+        for number in (kernel.architecture, *kernel.runs_also_on):
             found = occupancy_of(kernel, number, threads=threads, dynamic=dynamic).blocks
             blocks[number] = min(found, blocks.get(number, found))
     return dict(sorted(blocks.items()))
@@ -244,7 +248,7 @@ def _violations_of(name: str, kernels: Sequence[Kernel], limits: Limits, launche
     def violation(what: str, architectures: Sequence[int], sentence: str) -> Violation:
         return Violation(name, source, tuple(architectures), what, sentence, CAUSES[what])
 
-    for what, unit in (("registers", "registers"), ("shared", "bytes of static shared memory")):
+    for what, unit in (("registers", "registers"), ("shared", "bytes of shared memory")):
         most = getattr(limits, what)
         over = [k for k in kernels if getattr(k, what) > most]
         if over:
@@ -268,11 +272,15 @@ def _violations_of(name: str, kernels: Sequence[Kernel], limits: Limits, launche
 
 def _violations_of_rule(rule: Rule, kernels: Mapping[str, Sequence[Kernel]]) -> Iterable[Violation]:
     covered = [name for name in kernels if rule.covers(name)]
+    meant = {
+        name: [k for k in kernels[name] if not rule.on or ARCHITECTURES[k.architecture].name in rule.on]
+        for name in covered
+    }
     if not covered:
         yield Violation(" ".join(rule.kernels), "", (), "rule", "a rule for kernels that do not exist", CAUSES["rule"])
     for name in covered:
         for pattern in rule.required:
-            if without := [k for k in kernels[name] if not k.count(pattern)]:
+            if without := [k for k in meant[name] if not k.count(pattern)]:
                 yield Violation(
                     name,
                     without[0].source,
@@ -282,7 +290,7 @@ def _violations_of_rule(rule: Rule, kernels: Mapping[str, Sequence[Kernel]]) -> 
                     rule.because,
                 )
         for pattern in rule.forbidden:
-            if having := [k for k in kernels[name] if k.count(pattern)]:
+            if having := [k for k in meant[name] if k.count(pattern)]:
                 yield Violation(
                     name,
                     having[0].source,

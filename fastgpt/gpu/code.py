@@ -24,6 +24,8 @@ from fastgpt.gpu.occupancy import SHARED_RESERVED
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+# The code of the first runs on the second, too.
+RUNS_ALSO_ON = {80: (86, 89)}
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -31,16 +33,18 @@ _R = TypeVar("_R")
 @dataclass(frozen=True)
 class Kernel:
     """A kernel as compiled for one architecture. Bytes are of shared memory a block (static), and of stack a thread
-    (arrays with run-time indices, and registers spilt). ``threads``: the launch bound, or None."""
+    (arrays with run-time indices, and registers spilt). ``threads``: the launch bound, or None. ``runs_also_on``: other
+    architectures that run this code, where they have none of their own."""
 
     name: str
-    source: str  # the stem of its .cu file
+    source: str  # the stem of its file
     architecture: int
     registers: int
     shared: int
     stack: int
     threads: int | None
     opcodes: dict[str, int]
+    runs_also_on: tuple[int, ...] = ()
 
     @property
     def instructions(self) -> int:
@@ -180,6 +184,7 @@ def read_cubin(cubin: Path) -> list[Kernel]:
             stack=int(stack),
             threads=bounds.get(mangled),
             opcodes=dict(sorted(opcodes.get(mangled, Counter()).items())),
+            runs_also_on=RUNS_ALSO_ON.get(architecture, ()),
         )
         for mangled, registers, stack, shared in usage
     ]
@@ -193,14 +198,15 @@ def _parallel(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
         return list(pool.map(function, items))
 
 
-def _read_cached(cubin: Path, cache: Path | None) -> list[Kernel]:
+def read_cached(cubin: Path, cache: Path | None) -> list[Kernel]:
     if cache is None:
         return read_cubin(cubin)
     # What is read depends on the code, on the program that disassembles it, and on this file.
     key = hashlib.sha256(cubin.read_bytes() + tools.version("nvdisasm").encode() + Path(__file__).read_bytes())
     known = cache / f"{key.hexdigest()[:32]}.json"
     if known.exists():
-        return [Kernel(**fields) for fields in json.loads(known.read_text())]
+        read = json.loads(known.read_text())
+        return [Kernel(**{**fields, "runs_also_on": tuple(fields["runs_also_on"])}) for fields in read]
     kernels = read_cubin(cubin)
     cache.mkdir(parents=True, exist_ok=True)
     written = known.with_suffix(f".{os.getpid()}")
@@ -252,7 +258,7 @@ def read_module(
             cubins += _parallel(
                 lambda job: _assemble(*job, folder, cache), [(ptx, number) for ptx in sources for number in also]
             )
-        kernels = [kernel for found in _parallel(lambda c: _read_cached(c, cache), cubins) for kernel in found]
+        kernels = [kernel for found in _parallel(lambda c: read_cached(c, cache), cubins) for kernel in found]
     return sorted(kernels, key=lambda k: (k.source, k.name, k.architecture))
 
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -87,18 +87,23 @@ def live_registers(cubin: Path) -> dict[tuple[str, int], int]:
     return live
 
 
-def explain(violation: Violation) -> Iterator[str]:
-    """The violation, what usually causes it, and the source lines concerned (compiled anew, with line numbers)."""
+def explain(violation: Violation, cubins: Mapping[tuple[str, int], Path] | None = None) -> Iterator[str]:
+    """The violation, what usually causes it, and the source lines concerned.
+
+    Args:
+        cubins: (kernel, architecture) -> code with line numbers, as Triton's has; a CUDA kernel is compiled anew.
+    """
     yield str(violation)
     yield f"  usual cause: {violation.cause}"
     if violation.what not in ("instructions", "registers", "stack", "blocks") or not violation.architectures:
         return
-    yield from source_lines(
-        CSRC / "cuda" / f"{violation.source}.cu",
-        violation.kernel,
-        violation.architectures[0],
-        violation.patterns or (("LDL", "STL") if violation.what == "stack" else ()),
-    )
+    architecture = violation.architectures[0]
+    patterns = violation.patterns or (("LDL", "STL") if violation.what == "stack" else ())
+    if cubins is None:
+        source = CSRC / "cuda" / f"{violation.source}.cu"
+        yield from source_lines(source, violation.kernel, architecture, patterns)
+    elif cubin := cubins.get((violation.kernel, architecture)):
+        yield from _cubin_lines(cubin, "*", architecture, patterns)
 
 
 def source_lines(
@@ -110,11 +115,15 @@ def source_lines(
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         compile_cubin(source, architecture, cubin, flags, strict=False)
-        mine = [i for i in instructions(cubin, lines=True) if fnmatchcase(short_name(i.kernel), kernel)]
-        yield f"  on {ARCHITECTURES[architecture].name}, by source line:"
-        if patterns:
-            found = [(i, 1) for i in mine if any(matches(i.opcode, pattern) for pattern in patterns)]
-            yield from _lines_by_place(found, f"x {', '.join(patterns)}")
-        else:
-            live = live_registers(cubin)
-            yield from _lines_by_place([(i, live.get((i.kernel, i.address), 0)) for i in mine], "live registers")
+        yield from _cubin_lines(cubin, kernel, architecture, patterns)
+
+
+def _cubin_lines(cubin: Path, kernel: str, architecture: int, patterns: Sequence[str]) -> Iterator[str]:
+    mine = [i for i in instructions(cubin, lines=True) if fnmatchcase(short_name(i.kernel), kernel)]
+    yield f"  on {ARCHITECTURES[architecture].name}, by source line:"
+    if patterns:
+        found = [(i, 1) for i in mine if any(matches(i.opcode, pattern) for pattern in patterns)]
+        yield from _lines_by_place(found, f"x {', '.join(patterns)}")
+    else:
+        live = live_registers(cubin)
+        yield from _lines_by_place([(i, live.get((i.kernel, i.address), 0)) for i in mine], "live registers")

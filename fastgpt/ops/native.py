@@ -94,7 +94,7 @@ _simt = _optional("_simt")
 _simt_checked = _optional("_simt_checked")
 _NO_CUDA = "CUDA is not in this build, which needs nvcc"
 _NO_EMULATOR = "the emulator is not in this build: build with FASTGPT_SIMT=on"
-_NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton (Linux)"
+NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton (Linux)"
 _TRITON_KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # FASTGPT_TRITON_KERNELS names another folder to load the Triton kernels from: the mutation run judges changed ones so.
 if path := os.environ.get("FASTGPT_TRITON_KERNELS"):
@@ -126,8 +126,8 @@ def missing(backend: str, op: str) -> str | None:
     if backend == "simt" and _simt is None:
         return _NO_EMULATOR
     if backend == "triton":
-        if _NO_TRITON:
-            return _NO_TRITON
+        if NO_TRITON:
+            return NO_TRITON
         absent = sorted({m for m in map(_triton_module, _entries(op)) if not (_TRITON_KERNELS / f"{m}.py").exists()})
         return f"there is no Triton kernel {' or '.join(absent)}" if absent else None
     module = {"cpu": _C.cpu, "cuda": _C.cuda, "simt": _simt}[backend]
@@ -175,8 +175,8 @@ class _TritonKernels:
         try:
             module = importlib.import_module(f"fastgpt.kernels.{_triton_module(entry)}")
         except ModuleNotFoundError as error:
-            if _NO_TRITON or not (error.name or "").startswith("fastgpt.kernels"):
-                raise NotImplementedError(f"backend='triton': {_NO_TRITON or error}") from error
+            if NO_TRITON or not (error.name or "").startswith("fastgpt.kernels"):
+                raise NotImplementedError(f"backend='triton': {NO_TRITON or error}") from error
             raise NotImplementedError(f"{entry}: there is no Triton kernel of that name") from error
         setattr(self, entry, getattr(module, entry))  # __getattr__ is not asked again
         return getattr(module, entry)
