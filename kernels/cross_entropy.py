@@ -71,11 +71,11 @@ def _inverse(x):
 @triton.jit
 def _store_gradient(
     dx, x, bias, inside, cols, t, live, fill, at_target, m, s, g, label_smoothing, z_loss,
-    SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, COLS: tl.constexpr,
+    SMOOTH: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dx may be x: a thread reads its logits before it writes them, and all have read the target's."""
     of_exp = g * _inverse(s)
-    if Z_LOSS:
+    if z_loss > 0:
         of_exp *= 1.0 + 2.0 * z_loss * (m + tl.log(s))
     of_class = tl.zeros_like(of_exp)
     of_target = g
@@ -107,7 +107,7 @@ def _store_gradient(
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def cross_entropy_forward_kernel(
     loss, maximum, sum_exp, dx, x, bias, target, scale, rows, cols, x_stride, dx_stride, ignore_index, label_smoothing,
-    z_loss, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    z_loss, SMOOTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     t, live, fill = _targets(target, row, rows, cols, ignore_index)
@@ -138,9 +138,8 @@ def cross_entropy_forward_kernel(
         mean = tl.sum(below.to(tl.float64), 1) * _inverse(cols.to(tl.float64)) + offset
         share = tl.zeros_like(mean) + label_smoothing  # as float64, so that 1 - share is not rounded
         result = (1.0 - share) * result + share * (log_sum - (mean - m))
-    if Z_LOSS:
-        lse = m + log_sum
-        result += z_loss * lse * lse
+    lse = m + log_sum
+    result += z_loss * lse * lse
     inside = row < rows
     tl.store(loss + row, tl.where(live, result.to(tl.float32), fill), mask=inside)
     tl.store(maximum + row, tl.where(live, m, fill), mask=inside)
@@ -148,14 +147,14 @@ def cross_entropy_forward_kernel(
     if dx is not None:
         _store_gradient(
             dx + (row * dx_stride)[:, None], x, bias, inside[:, None], cols, t, live, fill, at_target, m, s,
-            tl.load(scale), label_smoothing, z_loss, SMOOTH, Z_LOSS, COLS,
+            tl.load(scale), label_smoothing, z_loss, SMOOTH, COLS,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "scale_stride", "ignore_index"])
 def cross_entropy_backward_kernel(
     dx, scale, maximum, sum_exp, x, bias, target, rows, cols, x_stride, dx_stride, scale_stride, ignore_index,
-    label_smoothing, z_loss, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    label_smoothing, z_loss, SMOOTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     t, live, fill = _targets(target, row, rows, cols, ignore_index)
@@ -166,7 +165,7 @@ def cross_entropy_backward_kernel(
     g = tl.load(scale + row * scale_stride, mask=live, other=0.0).to(tl.float64)
     _store_gradient(
         dx + (row * dx_stride)[:, None], x, bias, (row < rows)[:, None], cols, t, live, fill, at_target, m, s, g,
-        label_smoothing, z_loss, SMOOTH, Z_LOSS, COLS,
+        label_smoothing, z_loss, SMOOTH, COLS,
     )  # fmt: skip
 
 
@@ -195,7 +194,6 @@ def cross_entropy_forward(
     launch(
         cross_entropy_forward_kernel, grid, loss, maximum, sum_exp, dx, x, bias, target, scale, rows, cols, x_stride,
         dx_stride, ignore_index, label_smoothing, z_loss, configs=configs, SMOOTH=label_smoothing > 0,
-        Z_LOSS=z_loss > 0,
     )  # fmt: skip
     configs = one_config(ROWS=1024, num_warps=8)
     launch(cross_entropy_totals_kernel, (1,), totals, loss, target, rows, ignore_index, configs=configs)
@@ -210,7 +208,6 @@ def cross_entropy_backward(
     launch(
         cross_entropy_backward_kernel, grid, dx, scale, maximum, sum_exp, x, bias, target, rows, cols, x_stride,
         dx_stride, scale_stride, ignore_index, label_smoothing, z_loss, configs=configs, SMOOTH=label_smoothing > 0,
-        Z_LOSS=z_loss > 0,
     )  # fmt: skip
 
 

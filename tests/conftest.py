@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -46,12 +47,32 @@ def _uses_triton(item):
     return "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
 
 
+@functools.cache
+def remember_compiled_kernels():
+    """ttsem compiles and parses a kernel at each launch, which takes longer than running it: once for each
+    specialisation is enough."""
+    from ttsem import harness, mlir
+
+    ir_for_launch, texts = harness.ir_for_launch, {}
+
+    def ir_of_specialisation(record, stage, target):
+        options, *specialisation = harness._specialize(record.fn, record.args, record.kwargs, target)
+        key = (record.fn, stage, str(target), str(options), str(specialisation))
+        if key not in texts:
+            texts[key] = ir_for_launch(record, stage, target)
+        return texts[key]
+
+    harness.ir_for_launch = ir_of_specialisation
+    mlir.parse = functools.cache(mlir.parse)  # nothing changes a parsed module
+
+
 @contextlib.contextmanager
 def sanitized_triton():
     """Triton kernels on CPU tensors by ttsem, which raises on a race, a stray access or an undefined result."""
     from triton.runtime import driver
     from ttsem import _fakedriver, sanitize
 
+    remember_compiled_kernels()
     before = driver._active
     with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu():
         _fakedriver.unstub_torch_cuda()
