@@ -6,15 +6,75 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.ops import native, registry
+from fastgpt.ops import native, owners, registry
 from fastgpt.ops.opset import OpSet
+from fastgpt.ops.owners import Place
 
 
 @pytest.mark.parametrize("op", registry.operators())
-def test_cpu_kernels_own_every_operator(op):
-    backend, reason = registry._OWNERS[op, "cpu"]
-    assert backend == "cpu"
-    assert reason
+def test_every_operator_has_an_owner_and_a_reason_everywhere(op):
+    assert registry.owner_on(op, Place("cpu")).backend == "cpu"
+    for place in (Place("cpu"), Place("cuda"), *(Place("cuda", (major, 0)) for major in (8, 9, 10, 12)), Place("rocm")):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert all(reason for _, reason in owners.owners(op, place, dtype))
+
+
+def test_the_table_is_of_the_public_operators():
+    public = {name for name in fastgpt.ops.__all__ if hasattr(torch.ops.fastgpt, name)}
+    assert public - {"grad_norm"} == set(owners.TABLE)  # grad_norm goes with adamw
+
+
+@pytest.mark.parametrize(
+    ("op", "capability", "dtype", "order"),
+    [
+        ("attention", (8, 0), torch.bfloat16, ["cuda", "triton"]),
+        ("attention", (9, 0), torch.bfloat16, ["triton", "cuda"]),
+        ("attention", (9, 0), torch.float16, ["triton", "cuda"]),
+        ("attention", (9, 0), torch.float32, ["cuda", "triton"]),
+        ("attention", (10, 3), torch.bfloat16, ["triton", "cuda"]),
+        ("attention", (12, 0), torch.bfloat16, ["cuda", "triton"]),
+        ("attention_varlen", (10, 0), torch.bfloat16, ["triton", "cuda"]),
+        ("attention_with_kvcache", (9, 0), torch.bfloat16, ["cuda", "triton"]),
+        ("layer_norm", (9, 0), torch.bfloat16, ["cuda", "triton"]),
+    ],
+)
+def test_owners_by_architecture(op, capability, dtype, order, monkeypatch):
+    place = Place("cuda", capability)
+    assert [backend for backend, _ in owners.owners(op, place, dtype)] == order
+    monkeypatch.setattr(owners, "place", lambda device: place)
+    monkeypatch.setattr(registry, "_MISSING", {})
+    device = torch.device("cuda:0")
+    assert registry.resolve(op, None, device, None, dtype) == order[0]
+    assert registry.resolve(op, None, device, {order[0]: "feathers"}, dtype) == order[1]
+    monkeypatch.setattr(registry, "_MISSING", {(op, order[0]): "no such kernel"})
+    assert registry.resolve(op, None, device, None, dtype) == order[1]
+    assert registry.owner_on(op, place, dtype).reason.startswith("no such kernel; ")
+
+
+def test_rocm_has_triton_alone(monkeypatch):
+    monkeypatch.setattr(owners, "place", lambda device: Place("rocm"))
+    monkeypatch.setattr(registry, "_MISSING", {})
+    assert registry.resolve("gelu", None, torch.device("cuda:0"), None) == "triton"
+    with fastgpt.strict(), pytest.raises(fastgpt.FallbackError, match="does not take feathers"):
+        registry.resolve("gelu", None, torch.device("cuda:0"), "feathers")
+
+
+def test_a_gpu_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(owners, "_places", {})
+    devices = [torch.device(d) for d in ("cuda", "cuda:1", "cuda:0", "cuda:0", "cpu")]
+    with monkeypatch.context() as gpus:
+        gpus.setattr(torch.cuda, "is_available", lambda: True)
+        gpus.setattr(torch.cuda, "current_device", lambda: 1)
+        gpus.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, index))
+        assert [owners.place(d).capability for d in devices] == [(9, 1), (9, 1), (9, 0), (9, 0), (0, 0)]
+    assert asked == [1, 0]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def by_place(x):
+        return x + owners.place(devices[1]).capability[0]
+
+    assert by_place(torch.ones(())) == 10
 
 
 def test_explain_names_owner_and_reason():
@@ -24,9 +84,19 @@ def test_explain_names_owner_and_reason():
     for op in registry.operators():
         name = f"{op:{max(map(len, registry.operators()))}}"
         assert f"{name}  cpu  -> cpu: " in text
-        assert f"{name}  cuda -> {'cuda' if native.has_kernel('cuda', op) else 'reference'}: " in text
+        owner = next((b for b in ("cuda", "triton") if native.has_kernel(b, op)), "reference")
+        assert f"{name}  cuda -> {owner}: " in text
+    owner = next((b for b in ("triton", "cuda") if native.has_kernel(b, "attention")), "reference")
+    assert f"cuda, 16 bits on sm_90, sm_100 -> {owner}: " in text
     for backend in ("reference", "torch", "simt", "triton"):
         assert f"  {backend}: " in text
+
+
+def test_explain_says_that_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(registry, "_MISSING", {("attention", "triton"): "Triton is not installed"})
+    where, backend, reason = registry.table("attention")[2]
+    assert (where, backend) == ("cuda, 16 bits on sm_90, sm_100", "cuda")
+    assert reason.startswith("Triton is not installed; ")
 
 
 def test_explain_shows_fallbacks():
@@ -63,7 +133,6 @@ def layer_norm_on(device, refusal=None, backend=None):
 
 
 def test_backends_may_refuse_different_things(monkeypatch):
-    monkeypatch.setattr(registry, "_OWNERS", {("layer_norm", d): (d, "fast") for d in ("cpu", "cuda")})
     monkeypatch.setattr(registry, "_MISSING", {})
     refusal = {"cpu": "feathers"}
     assert layer_norm_on("cuda", refusal) == "cuda"
@@ -88,22 +157,12 @@ def test_a_backend_takes_tensors_of_its_device_only(backend, device, monkeypatch
 
 
 def test_what_the_build_lacks_is_owned_by_the_reference(monkeypatch):
-    monkeypatch.setattr(registry, "_OWNERS", {})
-    monkeypatch.setattr(registry, "_MISSING", {("layer_norm", "cuda"): "no such kernel"})
-    registry.owner("layer_norm", "cuda", "cuda", "fast")
-    assert registry._OWNERS["layer_norm", "cuda"] == ("reference", "no such kernel")
+    lacking = {("layer_norm", backend): f"no {backend} kernel" for backend in ("cuda", "triton")}
+    monkeypatch.setattr(registry, "_MISSING", lacking)
+    assert registry.owner_on("layer_norm", Place("cuda")) == ("reference", "no cuda kernel; no triton kernel")
     assert layer_norm_on("cuda") == "reference"
-    assert ("layer_norm", "no such kernel") in fastgpt.fallbacks()
-    with pytest.raises(NotImplementedError, match="layer_norm: backend='cuda' is not possible: no such kernel"):
+    assert ("layer_norm", "no cuda kernel") in fastgpt.fallbacks()
+    with pytest.raises(NotImplementedError, match="layer_norm: backend='cuda' is not possible: no cuda kernel"):
         layer_norm_on("cuda", None, "cuda")
-    with pytest.raises(ValueError, match="ops: layer_norm cannot have the backend 'cuda': no such kernel"):
+    with pytest.raises(ValueError, match="ops: layer_norm cannot have the backend 'cuda': no cuda kernel"):
         OpSet({"layer_norm": "cuda"})
-    registry.owner("layer_norm", "cpu", "cpu", "fast")
-    assert registry._OWNERS["layer_norm", "cpu"] == ("cpu", "fast")
-
-
-@pytest.mark.parametrize("op", registry.operators())
-def test_a_cuda_kernel_owns_its_operator(op):
-    if why := native.missing("simt", op):  # compiled from the same sources as CUDA's
-        pytest.skip(why)
-    assert (op, "cuda") in registry._OWNERS, f"{op} has a CUDA kernel but no registry.owner(..., 'cuda', ...)"

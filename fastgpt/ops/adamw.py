@@ -413,5 +413,3 @@ _op_norm = registry.define(
     {"reference": reference_norm, **native.backends(_native_norm)},
     _fake_norm,
 )
-registry.owner("adamw", "cpu", "cpu", "all tensors in one call; the norm and clipping without writing gradients")
-registry.owner("adamw", "cuda", "cuda", "64 tensors a launch; the norm and clipping stay on the device")

@@ -92,7 +92,7 @@ def attention(
     why = refusal(query, value, o, sinks, alibi)
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         why = "an attn_mask that requires grad"
-    chosen = registry.resolve("attention", backend, query.device, why)
+    chosen = registry.resolve("attention", backend, query.device, why, query.dtype)
     if chosen == "torch" and not o.softcap and sinks is None and alibi is None and dropout_seed is None:
         return attention_eager.scaled_dot_product(query, key, value, attn_mask, dropout_p, enable_gqa, o)
     seed = check_seed("attention", dropout_seed, query, o.dropout_threshold)
@@ -497,8 +497,4 @@ _op_backward = registry.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"reference": reference_backward, **native.backends(native_backward)},
     _fake_backward,
-)
-registry.owner("attention", "cpu", "cpu", "online softmax, never an L x S matrix; deterministic gradients")
-registry.owner(
-    "attention", "cuda", "cuda", "tiles on tensor cores, every option fused; deterministic without workspace"
 )

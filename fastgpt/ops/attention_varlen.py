@@ -90,7 +90,7 @@ def attention_varlen(
     o = options(_NAME, query, dropout_p, is_causal, scale, causal_alignment, window, softcap)
     sinks = check_sinks(_NAME, sinks, query, heads)
     alibi = check_alibi(_NAME, alibi_slopes, query, (batch, heads))
-    chosen = registry.resolve(_NAME, backend, query.device, refusal(query, value, o, sinks, alibi))
+    chosen = registry.resolve(_NAME, backend, query.device, refusal(query, value, o, sinks, alibi), query.dtype)
     seed = check_seed(_NAME, dropout_seed, query, o.dropout_threshold)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     if chosen == "torch":
@@ -420,5 +420,3 @@ _op_backward = registry.define(
     },
     _fake_backward,
 )
-registry.owner(_NAME, "cpu", "cpu", "attention's kernel, one sequence after the other: no padding is computed")
-registry.owner(_NAME, "cuda", "cuda", "all sequences in one launch of attention's kernels, without padding")

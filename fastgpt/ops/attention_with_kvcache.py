@@ -231,5 +231,3 @@ _op = registry.define(
     {"reference": _by_sequence(reference), **native.backends(_native), "cpu": _by_sequence(_cpu_forward)},
     _fake,
 )
-registry.owner(_NAME, "cpu", "cpu", "attention's kernel, one sequence after the other; pages are gathered first")
-registry.owner(_NAME, "cuda", "cuda", "keys split over blocks, pages read in place")

@@ -302,7 +302,3 @@ _op_backward = registry.define(
     {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
-registry.owner("cross_entropy", "cpu", "cpu", "the loss in one pass over the logits, the gradient in another")
-registry.owner(
-    "cross_entropy", "cuda", "cuda", "one pass over the logits, one more for the gradient; nothing waits for the device"
-)

@@ -382,5 +382,3 @@ _op_backward = registry.define(
     {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
-registry.owner("embedding", "cpu", "cpu", "token and position rows in one pass; sorted, deterministic backward")
-registry.owner("embedding", "cuda", "cuda", "token and position rows in one pass; sorted, deterministic backward")

@@ -179,5 +179,3 @@ _op_backward = registry.define(
     {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
-registry.owner("gelu", "cpu", "cpu", "vector exp in one pass, bias fused, saves only the input")
-registry.owner("gelu", "cuda", "cuda", "bias fused, its gradient deterministic; saves only the input")

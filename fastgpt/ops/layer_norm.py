@@ -311,5 +311,3 @@ _op_backward = registry.define(
     {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
-registry.owner("layer_norm", "cpu", "cpu", "one pass over the row from memory, deterministic weight gradients")
-registry.owner("layer_norm", "cuda", "cuda", "rows read once, into registers; deterministic weight gradients with them")

@@ -557,7 +557,3 @@ _op_backward = registry.define(
     {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
-registry.owner("linear_cross_entropy", "cpu", "cpu", "never more than 32 MiB of logits in memory")
-registry.owner(
-    "linear_cross_entropy", "cuda", "cuda", "never more than 256 MiB of logits in memory, the gradient in their place"
-)

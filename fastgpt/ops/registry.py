@@ -1,4 +1,4 @@
-"""Who runs an operator: definitions, the table of owners, strict mode, and ``explain()``.
+"""Who runs an operator: definitions, the choice of a backend (``owners`` has the table), strict mode, ``explain()``.
 
 An operator ``name`` is registered with torch as ``fastgpt::name``. Its last argument is the backend's name, so the
 choice is part of the graph that ``torch.compile`` sees. ``fastgpt::name_backward`` is an operator of its own and
@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
-from fastgpt.ops import native
+from fastgpt.ops import native, owners
 from fastgpt.ops.native import _C
+from fastgpt.ops.owners import Owner, Place
 
-# The owner of every operator by device type, and why. Filled by `owner()` in each operator's file.
-_OWNERS: dict[tuple[str, str], tuple[str, str]] = {}
 # Backend implementations: _IMPLEMENTATIONS["layer_norm"]["cpu"] is called with the schema's arguments less the backend.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 # Why an operator cannot run on a backend in this build: a matter of the build, so it is found out once.
@@ -124,19 +123,17 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
-def owner(name: str, device_type: str, backend: str, reason: str) -> None:
-    """States which backend owns an operator on a device type, and why: the reference if this build lacks that backend.
-
-    To be called after the operator's ``define``.
-    """
-    why = _MISSING.get((name, backend))
-    _OWNERS[name, device_type] = (backend, reason) if why is None else ("reference", why)
-
-
-def _owner_on(name: str, device_type: str) -> tuple[str, str]:
-    if (name, device_type) in _OWNERS:
-        return _OWNERS[name, device_type]
-    return "reference", _MISSING.get((name, device_type), f"no fused kernel for device type {device_type}")
+def owner_on(name: str, place: Place, dtype: torch.dtype | None = None) -> Owner:
+    """Who runs operator ``name`` at a place: the first of the table's row that this build has. The reason tells which
+    it lacks."""
+    lacking: list[str] = []
+    for owner in owners.owners(name, place, dtype):
+        why = _MISSING.get((name, owner.backend))
+        if why is None:
+            return Owner(owner.backend, "; ".join([*lacking, owner.reason]))
+        if why not in lacking:
+            lacking.append(why)
+    return Owner("reference", "; ".join(lacking) or f"no fused kernel for device type {place.device_type}")
 
 
 def backends(name: str) -> tuple[str, ...]:
@@ -151,10 +148,16 @@ def missing(name: str, backend: str) -> str | None:
 
 def operators() -> tuple[str, ...]:
     """The public operators, in alphabetical order."""
-    return tuple(sorted({name for name, _ in _OWNERS}))
+    return tuple(sorted(owners.TABLE))
 
 
-def resolve(name: str, requested: str | None, device: torch.device, refusal: str | dict[str, str] | None) -> str:
+def resolve(
+    name: str,
+    requested: str | None,
+    device: torch.device,
+    refusal: str | dict[str, str] | None,
+    dtype: torch.dtype | None = None,
+) -> str:
     """The backend that will run this call.
 
     Args:
@@ -181,11 +184,14 @@ def resolve(name: str, requested: str | None, device: torch.device, refusal: str
         if why is not None:
             raise NotImplementedError(f"{name}: backend={requested!r} does not take {why}; backend='reference' does")
         return requested
-    chosen, reason = _owner_on(name, device.type)
-    why = refusal.get(chosen) if isinstance(refusal, dict) else refusal
-    if chosen != "reference" and why is None:
-        return chosen
-    why = reason if why is None else why
+    place = owners.place(device)
+    reasons = []
+    for backend, _ in owners.owners(name, place, dtype):
+        why = _MISSING.get((name, backend)) or (refusal.get(backend) if isinstance(refusal, dict) else refusal)
+        if why is None:
+            return backend
+        reasons.append(why)
+    why = reasons[0] if reasons else owner_on(name, place).reason
     if _strict:
         raise FallbackError(f"{name}: the fused kernel does not take {why}, and strict mode refuses the reference")
     _note_fallback(name, why)
@@ -223,15 +229,25 @@ def strict(enabled: bool = True) -> Iterator[None]:
         set_strict(before)
 
 
+def table(name: str) -> list[tuple[str, str, str]]:
+    """(where, backend, reason): an operator's owners on the CPU and on GPUs, by architecture where they differ."""
+    if torch.version.hip is not None:
+        places = {"cpu ": Place("cpu"), "rocm": Place("rocm")}
+        return [(where, *owner_on(name, place)) for where, place in places.items()]
+    rows = [("cpu ", *owner_on(name, Place("cpu"))), ("cuda", *owner_on(name, Place("cuda")))]
+    if majors := owners.TABLE[name].triton_first:
+        where = ", ".join(f"sm_{major}0" for major in majors)
+        rows.append((f"cuda, 16 bits on {where}", *owner_on(name, Place("cuda", (majors[0], 0)), torch.bfloat16)))
+    return rows
+
+
 def explain(file: Any = None) -> None:
     """Prints which backend owns each operator on this machine, what the other ones are, and past fallbacks."""
     isas = ", ".join(f"{isa}{'' if supported else ' (not on this machine)'}" for isa, _, supported in _C.cpu.isas())
     lines = [f"CPU kernels: {_C.cpu.isa()} of {isas}", f"CUDA: {native.cuda_summary()}", ""]
     width = max(map(len, operators()), default=0)
     for name in operators():
-        for device_type in ("cpu", "cuda"):
-            backend, reason = _owner_on(name, device_type)
-            lines.append(f"{name:{width}}  {device_type:4} -> {backend}: {reason}")
+        lines += [f"{name:{width}}  {where} -> {backend}: {reason}" for where, backend, reason in table(name)]
     lines += [
         "",
         "Chosen only by name, for every operator:",

@@ -238,5 +238,3 @@ _op_backward = registry.define(
     {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
-registry.owner("rms_norm", "cpu", "cpu", "one pass over the row from memory, deterministic weight gradient")
-registry.owner("rms_norm", "cuda", "cuda", "rows read once, into registers; a deterministic weight gradient with them")

@@ -294,5 +294,3 @@ _op = registry.define(
     _fake,
     _Rotary,
 )
-registry.owner("rotary", "cpu", "cpu", "one pass through any strides; the transposition to (B, H, T, D) comes free")
-registry.owner("rotary", "cuda", "cuda", "one pass through any strides; the transposition to (B, H, T, D) comes free")

@@ -489,5 +489,3 @@ _op = registry.define(
     {"reference": reference, **native.backends(_native)},
     _fake,
 )
-registry.owner("sample", "cpu", "cpu", "thresholds by radix selection, no sort; the same token as the reference")
-registry.owner("sample", "cuda", "cuda", "one launch, thresholds by selection, no sort; the same token as the CPU")

@@ -178,5 +178,3 @@ _op_backward = registry.define(
     {"reference": reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )
-registry.owner("swiglu", "cpu", "cpu", "one pass, reads slices of a fused projection in place, recomputes in backward")
-registry.owner("swiglu", "cuda", "cuda", "one pass, slices of a fused projection read in place, recomputes in backward")
