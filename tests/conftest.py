@@ -70,14 +70,33 @@ def remember_compiled_kernels():
 def sanitized_triton():
     """Triton kernels on CPU tensors by ttsem, which raises on a race, a stray access or an undefined result."""
     from triton.runtime import driver
-    from ttsem import _fakedriver, sanitize
+    from ttsem import _fakedriver, harness, sanitize
 
     remember_compiled_kernels()
     before = driver._active
-    with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu():
+    with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu(), pytest.MonkeyPatch.context() as patch:
         _fakedriver.unstub_torch_cuda()
+        harness.mlir.enable_generic_printing()
+        parse = harness.mlir.parse
+        patch.setattr(harness, "ir_for_launch", _intermediate_code)
+        patch.setattr(harness.mlir, "parse", lambda text: _MODULES.get(text) or _MODULES.setdefault(text, parse(text)))
         yield
     driver._active = before
+
+
+# What ttsem compiled and parsed before, by specialisation and by text.
+_CODE, _MODULES = {}, {}
+
+
+def _intermediate_code(record, stage, target):
+    """ttsem's ``ir_for_launch``, with the compilation stopped at the stage that is run: ttsem's own goes on to machine
+    code, which is ten times the work."""
+    from ttsem import harness
+
+    key = record.fn, stage, str(harness._specialize(record.fn, record.args, record.kwargs, target))
+    if key not in _CODE:
+        _CODE[key] = harness.mlir.to_generic(harness._stage_text(record, stage, target), None)
+    return _CODE[key]
 
 
 @pytest.fixture(autouse=True)
