@@ -2,14 +2,14 @@
 
 A kernel has one configuration (block sizes, warps, pipeline stages), or a few per architecture, the preferred one
 first. Where there are several, the first call of a shape class times them on the GPU that is there, says so, and keeps
-the answer in a file; FASTGPT_DETERMINISTIC=1 always takes the first, since block sizes decide the order of sums.
+the answer in a file. Block sizes decide the order of sums, so FASTGPT_DETERMINISTIC=1 and
+torch.use_deterministic_algorithms(True) always take the first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -75,7 +75,8 @@ def launch(
             extent is zero.
         args: the arguments that are not tl.constexpr, in order. Tensors stand for their first element; None for a null
             pointer, which the kernel sees as a constant.
-        configs: what to choose from.
+        configs: what to choose from. Where that is more than one, the kernel runs many times over while they are timed,
+            so it must not read what it writes.
         shape_class: what the best configuration depends on, besides the kernel and the architecture: a power of two of
             a length, a dtype, a flag. Never the batch: its rows must not change each other's bits.
         fp_fusion: whether a * b + c may become one instruction; False where bits must equal another backend's.
@@ -87,71 +88,111 @@ def launch(
         return
     if not callable(grid) and 0 in grid:
         return
+    run = functools.partial(_run, kernel, grid, args, constants, options)
     choices = configs(_target())
-
-    def run(config: triton.Config) -> None:
-        chosen = {**constants, **config.kwargs}
-        extents = grid(chosen) if callable(grid) else grid
-        if 0 not in extents:
-            kernel[extents](*args, **chosen, num_warps=config.num_warps, num_stages=config.num_stages, **options)
-
     run(choices[0] if len(choices) == 1 else _choose(kernel, choices, shape_class, run))
 
 
+def _run(
+    kernel: Any,
+    grid: Grid,
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    config: triton.Config,
+) -> None:
+    chosen = {**constants, **config.kwargs}
+    extents = grid(chosen) if callable(grid) else grid
+    if 0 not in extents:
+        kernel[extents](*args, **chosen, num_warps=config.num_warps, num_stages=config.num_stages, **options)
+
+
+_targets: dict[tuple[Any, int], GPUTarget] = {}
+
+
 def _target() -> GPUTarget:
+    """Of the current device, which is asked once."""
     if triton.knobs.runtime.interpret:
         return GPUTarget("cuda", 80, 32)
-    return triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    key = driver, driver.get_current_device()
+    if key not in _targets:
+        _targets[key] = driver.get_current_target()
+    return _targets[key]
 
 
 # --- tuning ---
 
 
+# What was decided in this process: by kernel, shape class and device.
+_decided: dict[tuple[Any, tuple[Any, ...], int], triton.Config] = {}
+
+
 def _choose(
     kernel: Any, choices: Sequence[triton.Config], shape_class: tuple[Any, ...], run: Callable[[triton.Config], None]
 ) -> triton.Config:
-    deterministic = os.environ.get("FASTGPT_DETERMINISTIC", "0") not in ("", "0")
-    if deterministic or not torch.cuda.is_available():
+    if deterministic() or not torch.cuda.is_available():
         return choices[0]
-    key = f"{kernel.__name__} {' '.join(map(str, shape_class))}"
-    file = _file(torch.cuda.current_device(), kernel)
-    tuned = _tuned(file)
-    if key not in tuned:
+    device = torch.cuda.current_device()
+    known = kernel, shape_class, device
+    if known not in _decided:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
             return choices[0]
-        tuned[key] = _fastest(key, choices, run)
-        _save(file, tuned)
-    return choices[tuned[key]]
+        _decided[known] = _remembered_or_fastest(kernel, choices, shape_class, device, run)
+    return _decided[known]
 
 
-def _fastest(key: str, choices: Sequence[triton.Config], run: Callable[[triton.Config], None]) -> int:
+def deterministic() -> bool:
+    """Whether the same bits are wanted in every run, whatever was timed."""
+    wanted = os.environ.get("FASTGPT_DETERMINISTIC", "0") not in ("", "0")
+    return wanted or torch.are_deterministic_algorithms_enabled()
+
+
+def _remembered_or_fastest(
+    kernel: Any,
+    choices: Sequence[triton.Config],
+    shape_class: tuple[Any, ...],
+    device: int,
+    run: Callable[[triton.Config], None],
+) -> triton.Config:
+    names = [str(config) for config in choices]
+    key = f"{kernel.__name__} {' '.join(map(str, shape_class))}".strip()
+    file = _file(device, kernel)
+    remembered = _load(file).get(key)
+    if remembered in names:
+        return choices[names.index(remembered)]
     print(f"fastgpt: timing {len(choices)} configurations of {key}, once (a few seconds)", file=sys.stderr, flush=True)
-    times = []
-    for config in choices:
-        try:
-            times.append(triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=20))
-        except triton.runtime.errors.OutOfResources:
-            times.append(float("inf"))
-    return times.index(min(times))
+    times = [_seconds(run, config) for config in choices]
+    fastest = times.index(min(times))
+    if times[fastest] < float("inf"):  # else the first will say what it lacks
+        _save(file, {**_load(file), key: names[fastest]})  # read anew: another process may have added to it
+    return choices[fastest]
+
+
+def _seconds(run: Callable[[triton.Config], None], config: triton.Config) -> float:
+    try:
+        return float(triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=20))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def _file(device: int, kernel: Any) -> Path:
-    """Where the answers for this GPU, this Triton and this source are kept."""
-    root = os.environ.get("FASTGPT_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "fastgpt")
-    source = hashlib.sha256(Path(sys.modules[kernel.fn.__module__].__file__ or "").read_bytes()).hexdigest()[:16]
+    """Where the answers for this GPU, this Triton and this source (with what it calls) are kept."""
+    root = os.environ.get("FASTGPT_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastgpt")
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
-    return Path(root).expanduser() / "triton" / f"{name}-{triton.__version__}-{source}.json"
+    return Path(root).expanduser() / "triton" / f"{name}-{triton.__version__}-{kernel.cache_key[:16]}.json"
 
 
-@functools.cache
-def _tuned(file: Path) -> dict[str, int]:
+def _load(file: Path) -> dict[str, str]:
+    """Kernel and shape class -> configuration. A file that is not as it should be is as good as none."""
     try:
-        return dict(json.loads(file.read_text()))
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _save(file: Path, tuned: dict[str, int]) -> None:
+def _save(file: Path, tuned: dict[str, str]) -> None:
     """Written aside and moved into place, so that another process never reads half a file. A cache that cannot be
     written is timed again next time."""
     with contextlib.suppress(OSError):
