@@ -1,7 +1,10 @@
-"""Device functions that several kernels of this folder share."""
+"""What several kernels of this folder share."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.launch import launch, one_config
 
 # Counter word 3 of Philox, as in csrc/core/philox.h: a constant for each consumer of random numbers.
 SAMPLE_STREAM = tl.constexpr(1)
@@ -61,3 +64,44 @@ def tanh(x):
     small = x + x * square * part
     large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+# --- sums down the columns of a matrix (gradients of weights and biases) in two stages, deterministic ---
+#
+# A program sums a chunk of rows, each thread its own columns, and writes partial[chunk][kind][column], float32;
+# ``write_column_sums`` adds the chunks. Enough chunks that every multiprocessor of a large device has a few, and rows
+# enough in each that the partial sums (written once and read once, mostly in L2) are few beside the rows.
+MOST_CHUNKS, LEAST_CHUNK_ROWS = 512, 16
+
+
+def chunk_rows(rows: int, rows_at_once: int) -> int:
+    """Rows in a chunk, a multiple of ``rows_at_once``: by their number alone, never by the device."""
+    return triton.cdiv(max(triton.cdiv(rows, MOST_CHUNKS), LEAST_CHUNK_ROWS), rows_at_once) * rows_at_once
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def column_sums_kernel(first, second, partial, chunks, cols, kinds, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    lane, kind = tl.arange(0, CHUNKS), tl.program_id(1)
+    sums = tl.zeros((COLS, CHUNKS), tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        chunk = (start + lane).to(tl.int64)
+        at = col[:, None] + ((chunk * kinds + kind) * cols)[None, :]
+        sums += tl.load(partial + at, mask=(col < cols)[:, None] & (chunk < chunks)[None, :], other=0.0)
+    total = tl.sum(sums, 1)
+    if kind == 0:
+        tl.store(first + col, total.to(first.dtype.element_ty), mask=col < cols)
+    else:
+        tl.store(second + col, total.to(second.dtype.element_ty), mask=col < cols)
+
+
+def write_column_sums(partial: Tensor, *sums: Tensor) -> None:
+    """Writes the sums over all chunks of ``partial`` (chunks, kinds, cols): kind 0 to the first of ``sums``, kind 1 to
+    the second, if there is one."""
+    chunks, kinds, cols = partial.shape
+    # 2048 elements, 16 for each of 128 threads: many columns at once where there are few chunks.
+    tile = {"CHUNKS": 4, "COLS": 512} if chunks <= 4 else {"CHUNKS": 64, "COLS": 32}
+    launch(
+        column_sums_kernel, (triton.cdiv(cols, tile["COLS"]), kinds), sums[0], sums[-1], partial, chunks, cols, kinds,
+        configs=one_config(**tile),
+    )  # fmt: skip
