@@ -17,7 +17,6 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor, float32
-from torch import dtype as torch_dtype
 from triton.backends.compiler import GPUTarget
 
 from fastgpt.kernels.attention_core import (
@@ -194,6 +193,7 @@ def attention_forward(
     strides = (*out_strides, *q_strides, *k_strides, *v_strides)
     unit = unit_of((q,), (dim, value_dim, *strides))
     width, value_width = tile_width(dim), tile_width(value_dim)
+    options = softcap > 0 or any(x is not None for x in (mask, alibi, dropout_seed, block_table))
 
     def grid(constants: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(queries * group, constants["ROWS"]) * batch * kv_heads,)
@@ -207,21 +207,56 @@ def attention_forward(
         *lse_strides, *((None,) * 4 if mask is None else mask_strides), alibi_stride, block_table_stride, page_size,
         limit(left), limit(right), dropout_threshold, dropout_scale(dropout_threshold), scale,
         softcap if softcap > 0 else None,
-        configs=_configs(q.dtype, max(width, value_width), rows),
-        shape_class=(str(q.dtype), max(width, value_width), right >= 0), fp_fusion=q.dtype == float32,
+        configs=_configs(q.dtype != float32, max(width, value_width), options, left >= 0, rows),
+        shape_class=(q.dtype, max(width, value_width), options, left >= 0, right >= 0, min(rows, 128).bit_length()),
+        fp_fusion=q.dtype == float32,
         BOTTOM_RIGHT=bottom_right and (left >= 0 or right >= 0), UNIT=unit, D=width, DV=value_width,
     )  # fmt: skip
 
 
-def _configs(dtype: torch_dtype, width: int, rows: int) -> Configs:
-    """Tiles of rows x keys for head dims padded to ``width``; no more rows than there are."""
-    least = max(triton.next_power_of_2(min(rows, 128)), MIN_TILE)
+def _configs(half: bool, width: int, options: bool, window: bool, rows: int) -> Configs:
+    """Tiles for head dims padded to ``width``, with no more rows than there are."""
+    most = max(triton.next_power_of_2(rows), MIN_TILE)
 
     def configs(target: GPUTarget) -> list[triton.Config]:
-        tiles = [(64, 32, 4, 2)]
         return [
-            triton.Config({"ROWS": min(r, least), "KEYS": n}, num_warps=warps, num_stages=stages)
-            for r, n, warps, stages in tiles
+            triton.Config(
+                {"ROWS": min(tile_rows, most), "KEYS": tile_keys},
+                num_warps=warps if min(tile_rows, most) > 32 else 4,
+                num_stages=stages,
+            )
+            for tile_rows, tile_keys, warps, stages in _tiles(target, half, width, options, window)
         ]
 
     return configs
+
+
+def _tiles(target: GPUTarget, half: bool, width: int, options: bool, window: bool) -> list[tuple[int, int, int, int]]:
+    """(rows, keys, warps, stages), the preferred one first: the largest tiles whose scores and sums stay in registers
+    and whose keys fit the architecture's shared memory (99 KB on 86, 89 and 120, 163 on 80, 227 on 90 and 100)."""
+    size = 0 if width <= 64 else 1 if width <= 128 else 2
+    if target.backend == "hip":  # 64 KB
+        return [(64, 64, 4, 1), (64, 32, 4, 1)] if size < 2 and half else [(32, 32, 4, 1)]
+    if not half:
+        return [(64, 32, 8, 2), (32, 32, 4, 2)] if size == 0 else [(64, 32, 8, 2)] if size == 1 else [(32, 16, 8, 2)]
+    if options:  # what they look up takes registers
+        return [(64, 64, 4, 2), (128, 64, 8, 2)] if size == 0 else [(64, 32, 8, 2)]
+    if target.arch == 90:
+        plain = (
+            [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3)],
+            [(128, 128, 8, 2), (128, 64, 8, 3)],
+            [(128, 64, 8, 2), (64, 64, 8, 2)],
+        )
+    elif target.arch in (100, 103):
+        plain = (
+            [(128, 128, 8, 2), (128, 64, 8, 3)],
+            [(128, 128, 8, 2), (128, 64, 8, 3)],
+            [(128, 32, 8, 2), (64, 64, 8, 2)],
+        )
+    else:
+        plain = (
+            [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
+            [(128, 64, 8, 3), (128, 32, 8, 3)],
+            [(64, 32, 8, 2)],
+        )
+    return plain[size][window:] if len(plain[size]) > 1 else plain[size]  # a third loop takes registers too

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -36,7 +37,7 @@ def pytest_runtest_setup(item):
             pytest.skip("CUDA is not in this build")
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU")
-    if TRITON_RUNNER == "interpreter" and _uses_triton(item) and torch.bfloat16 in item.callspec.params.values():
+    if _is_skipped_bfloat16(item):
         pytest.skip("Triton's interpreter computes bfloat16 wrongly; the sanitizer runs it")
 
 
@@ -64,6 +65,33 @@ def remember_compiled_kernels():
 
     harness.ir_for_launch = ir_of_specialisation
     mlir.parse = functools.cache(mlir.parse)  # nothing changes a parsed module
+
+
+def _is_skipped_bfloat16(item):
+    return TRITON_RUNNER == "interpreter" and _uses_triton(item) and torch.bfloat16 in item.callspec.params.values()
+
+
+def _in_few(items):
+    """As few of ``items``, tests by parameters, as hold every value that a parameter has in them."""
+    values = {item: {(name, repr(value)) for name, value in item.callspec.params.items()} for item in items}
+    missing, chosen = set().union(*values.values()), []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(values[item] & missing)))
+        missing -= values[chosen[-1]]
+    return chosen
+
+
+def pytest_collection_modifyitems(config, items):
+    """A call on Triton's runners takes seconds: see the mark few_interpreted."""
+    groups, left_out = {}, set()
+    for item in items:
+        if TRITON_RUNNER != "GPU" and item.get_closest_marker("few_interpreted") and _uses_triton(item):
+            groups.setdefault((item.path, item.originalname), []).append(item)
+    for group in groups.values():
+        left_out |= set(group) - set(_in_few([item for item in group if not _is_skipped_bfloat16(item)]))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @contextlib.contextmanager
@@ -97,6 +125,26 @@ def _intermediate_code(record, stage, target):
     if key not in _CODE:
         _CODE[key] = harness.mlir.to_generic(harness._stage_text(record, stage, target), None)
     return _CODE[key]
+
+
+def _patch_language_once():
+    """Triton's interpreter replaces the functions of triton.language when a kernel starts, and again in every call of a
+    device function, which takes longer than most of them do. Once is enough."""
+    from triton.runtime import interpreter
+
+    language, patch = interpreter.tl, interpreter._patch_lang
+
+    def patch_once(function):
+        modules = [m for m in function.__globals__.values() if m is language or m is language.core]
+        if modules and not any(language.core.is_builtin(m.arange) for m in modules):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+
+
+if TRITON_RUNNER == "interpreter" and importlib.util.find_spec("triton"):
+    _patch_language_once()
 
 
 @pytest.fixture(autouse=True)

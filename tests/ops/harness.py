@@ -19,7 +19,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.ops import native
 from fastgpt.ops.accuracy import error_and_budget
-from tests.conftest import SCHEDULES
+from tests.conftest import SCHEDULES, TRITON_RUNNER
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Function = Callable[..., Any]  # run(backend, **tensors) -> Tensor or tuple of Tensors
@@ -29,6 +29,11 @@ def backends(op: str) -> list[Any]:
     """The backends of ``op``, for pytest.mark.parametrize; each must meet the same budget."""
     without_gpu = [backend for backend in ("triton", "simt") if native.has_kernel(backend, op)]
     return ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu), *without_gpu]
+
+
+def backends_without_interpreters(op: str) -> list[Any]:
+    """The same for tests of many calls: without a GPU, a call of Triton takes a second."""
+    return [b for b in backends(op) if b != "triton" or TRITON_RUNNER == "GPU"]
 
 
 def backends_here(op: str) -> list[str]:

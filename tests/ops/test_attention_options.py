@@ -13,6 +13,8 @@ from tests.ops import harness
 from tests.ops.harness import ops
 
 BACKENDS = [backend for backend in harness.backends("attention") if backend != "cpu"]
+MANY_CALLS = [backend for backend in harness.backends_without_interpreters("attention") if backend != "cpu"]
+TRITON = [backend for backend in BACKENDS if backend == "triton"]
 HERE = [backend for backend in harness.backends_here("attention") if backend != "cpu"]
 # (B, Hq, H, L, S, E, Ev)
 SHAPES = [
@@ -98,6 +100,7 @@ def pairs(options, backends, for_cpu):
                 yield pytest.param(option, *values, marks=marks)
 
 
+@pytest.mark.few_interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -107,6 +110,7 @@ def test_values_and_gradients(option, shape, dtype, backend):
     harness.check(run, tensors, dtype, backend, gradients=shape[3] > 1)  # one query: decoding
 
 
+@pytest.mark.few_interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("shape", MANY_HEADS)
@@ -131,7 +135,7 @@ def test_gradcheck_of_the_formula(option):
         assert torch.autograd.gradgradcheck(formula, values)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MANY_CALLS)
 @settings(max_examples=40)
 @given(
     length=st.integers(1, 100),
@@ -167,6 +171,22 @@ def test_any_size_and_options(backend, length, keys, dim, left, right, alignment
     actual = harness.run_with_gradients(run, backend, t, upstream)
     for a, e in zip([*actual[0], *actual[1].values()], [*exact[0], *exact[1].values()], strict=True):
         torch.testing.assert_close(a, e.float(), rtol=1e-4, atol=1e-4 / (1 - dropout_p))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, -1, -1, "top_left", 0.0, False, False, 0.0),
+        (100, 37, 5, 3, 0, "bottom_right", 0.0, False, False, 0.0),
+        (33, 150, 33, -1, 9, "top_left", 0.0, True, False, 0.999),
+        (97, 140, 64, 50, 20, "top_left", 0.0, False, True, 0.0),
+        (70, 129, 70, 40, -1, "bottom_right", 5.0, True, True, 0.3),
+        (17, 64, 16, 0, 0, "top_left", 0.5, False, True, 0.3),
+    ],
+)
+def test_some_sizes_and_options(sizes, backend):
+    test_any_size_and_options.hypothesis.inner_test(backend, *sizes)
 
 
 def test_alibi_and_softcap_by_hand():

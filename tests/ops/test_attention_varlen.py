@@ -74,6 +74,7 @@ def case(option, lengths, heads, sinks_grad=False):
     return run, tensors
 
 
+@pytest.mark.few_interpreted
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize(("option", "backend"), CASES)
 def test_values_and_gradients(option, backend, dtype):
@@ -82,6 +83,7 @@ def test_values_and_gradients(option, backend, dtype):
         harness.check(run, tensors, dtype, backend)
 
 
+@pytest.mark.few_interpreted
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("heads", HEADS[2:])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,6 +93,7 @@ def test_head_dims(backend, heads, dtype):
         harness.check(run, tensors, dtype, backend)
 
 
+@pytest.mark.few_interpreted
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
 def test_gradient_of_the_sinks(backend, dtype):
@@ -99,6 +102,7 @@ def test_gradient_of_the_sinks(backend, dtype):
     harness.check(run, tensors, dtype, backend)
 
 
+@pytest.mark.few_interpreted
 @pytest.mark.parametrize(("option", "backend"), CASES)
 def test_equal_lengths_are_a_dense_batch(option, backend):
     """Dropout included: the sequence is the batch row that the random numbers are counted by."""
@@ -228,7 +232,7 @@ def test_gradcheck_of_the_formula(option):
         assert torch.autograd.gradgradcheck(formula, values)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", harness.backends_without_interpreters("attention_varlen"))
 @settings(max_examples=30)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 90)), min_size=1, max_size=5),
@@ -256,6 +260,18 @@ def test_any_lengths_and_window(backend, lengths, dim, left, right, alignment, e
     actual = harness.run_with_gradients(run, backend, t, upstream)
     for a, e in zip([*actual[0], *actual[1].values()], [*exact[0], *exact[1].values()], strict=True):
         torch.testing.assert_close(a, e.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend == "triton"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ([(1, 0), (70, 90), (0, 5), (30, 31)], 33, 20, 3, "top_left", False),
+        ([(65, 64), (64, 90)], 16, -1, 30, "bottom_right", True),
+    ],
+)
+def test_some_lengths_and_windows(sizes, backend):
+    test_any_lengths_and_window.hypothesis.inner_test(backend, *sizes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
