@@ -1,5 +1,6 @@
 """On a GPU, every operator against its peers: ``python -m benchmarks.gpu [--output FILE]``; ``make gpu`` runs it.
 
+Ours: the CUDA kernel and the Triton kernel, side by side; the report says which of them owns the operator on this GPU.
 Peers: torch eager (for attention its scaled_dot_product_attention), torch.compile of that, and flash-attn and Liger
 where they are installed. Everything is bfloat16, at the shapes of fastgpt/gpu/predictions.py, timed by CUDA events in
 interleaved rounds. Beside the time stands the floor of the same work on this GPU, where its data sheet is known there.
@@ -23,15 +24,18 @@ from benchmarks.harness import Call
 from fastgpt import ops
 from fastgpt.gpu import predictions
 from fastgpt.gpu.predictions import Shape
+from fastgpt.ops import native, owners, registry
 
 DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Case:
-    """``calls``: ours is called fastgpt. ``works``: the formulas of predictions.py that it comes to."""
+    """``calls``: by backend where they are ours, else by the peer's name. ``works``: the formulas of predictions.py
+    that it comes to."""
 
     name: str
+    op: str
     works: tuple[str, ...]
     calls: dict[str, Call]
 
@@ -48,14 +52,22 @@ def _calls(
 ) -> dict[str, Call]:
     """Ours, torch's, and torch's compiled; ``work`` is forward or forward_backward."""
     make = getattr(harness, work)
-    calls = {
-        "fastgpt": make(function, *inputs, backend="fused", **options),
-        "torch": make(function, *inputs, backend="torch", **options),
-    }
+    device = next(t.device for t in inputs if isinstance(t, torch.Tensor))
+    chosen = (*_ours(function.__name__, device), "torch")
+    calls = {backend: make(function, *inputs, backend=backend, **options) for backend in chosen}
     if compiled:
         plain = torch.compile(lambda *a, **o: function(*a, backend="torch", **o), dynamic=False)
         calls["torch.compile"] = make(plain, *inputs, **options)
     return calls
+
+
+def _ours(op: str, device: torch.device) -> list[str]:
+    """Our backends that have kernels of ``op`` for tensors on ``device``."""
+    return [
+        backend
+        for backend in ("cpu", "cuda", "triton")
+        if native.DEVICE_TYPES[backend] == device.type and registry.missing(op, backend) is None
+    ]
 
 
 def cases(shape: Shape, device: torch.device, *, compiled: bool = True) -> Iterator[Case]:
@@ -79,64 +91,68 @@ def cases(shape: Shape, device: torch.device, *, compiled: bool = True) -> Itera
         if flash is not None:
             rows = [t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)]
             calls["flash-attn"] = make(flash.flash_attn_func, *rows, causal=True)
-        yield Case(f"attention {work}", works("attention forward, causal", "attention backward, causal"), calls)
+        yield Case(
+            f"attention {work}", "attention", works("attention forward, causal", "attention backward, causal"), calls
+        )
 
         x, residual, weight, bias = randn(s.N, s.C), randn(s.N, s.C), randn(s.C), randn(s.C)
         calls = _calls(work, ops.layer_norm, x, (s.C,), weight, bias, residual=residual, compiled=compiled)
         name = "layer_norm {}, + residual"
-        yield Case(f"layer_norm {work}", works(name.format("forward"), name.format("backward")), calls)
+        yield Case(f"layer_norm {work}", "layer_norm", works(name.format("forward"), name.format("backward")), calls)
         calls = _calls(work, ops.rms_norm, x, (s.C,), weight, 1e-5, residual=residual, compiled=compiled)
         if liger is not None:
             calls["Liger (no residual)"] = make(liger.liger_rms_norm, x, weight, 1e-5, in_place=False)
         name = "rms_norm {}, + residual"
-        yield Case(f"rms_norm {work}", works(name.format("forward"), name.format("backward")), calls)
+        yield Case(f"rms_norm {work}", "rms_norm", works(name.format("forward"), name.format("backward")), calls)
 
         x, up = randn(s.N, s.F), randn(s.N, s.F)
         calls = _calls(work, ops.gelu, x, "tanh", compiled=compiled)
-        yield Case(f"gelu {work}", works("gelu forward (tanh)", "gelu backward (tanh)"), calls)
+        yield Case(f"gelu {work}", "gelu", works("gelu forward (tanh)", "gelu backward (tanh)"), calls)
         calls = _calls(work, ops.swiglu, x, up, compiled=compiled)
         if liger is not None:
             calls["Liger"] = make(liger.liger_swiglu, x, up)
-        yield Case(f"swiglu {work}", works("swiglu forward", "swiglu backward"), calls)
+        yield Case(f"swiglu {work}", "swiglu", works("swiglu forward", "swiglu backward"), calls)
 
         logits, target = randn(s.N, s.V), torch.randint(s.V, (s.N,), device=device)
         if both:
             calls = _calls(work, ops.cross_entropy, logits, target, compiled=compiled)
-            yield Case(f"cross_entropy {work}", ("cross_entropy forward and gradient, in place",), calls)
+            yield Case(
+                f"cross_entropy {work}", "cross_entropy", ("cross_entropy forward and gradient, in place",), calls
+            )
         del logits
         hidden, head = randn(s.N, s.C), randn(s.V, s.C)
         if both:
             calls = _calls(work, ops.linear_cross_entropy, hidden, head, target, compiled=compiled)
             if liger is not None:
                 calls["Liger"] = make(liger.liger_fused_linear_cross_entropy, hidden, head, target)
-            yield Case(f"linear_cross_entropy {work}", (), calls)
+            yield Case(f"linear_cross_entropy {work}", "linear_cross_entropy", (), calls)
         tokens = torch.randint(s.V, (s.B, s.T), device=device)
         calls = _calls(work, ops.embedding, tokens, head, compiled=compiled)
-        yield Case(f"embedding {work}", works("embedding forward", "embedding backward"), calls)
+        yield Case(f"embedding {work}", "embedding", works("embedding forward", "embedding backward"), calls)
 
     cos, sin = (t.to(device) for t in ops.rotary_tables(s.T, s.D))
     q = randn(s.B, s.T, s.H + s.KV, s.D).detach().transpose(1, 2)
     calls = _calls("forward", ops.rotary, q, cos, sin, compiled=compiled)
-    yield Case("rotary forward", ("rotary of q and k",), calls)
+    yield Case("rotary forward", "rotary", ("rotary of q and k",), calls)
 
     query, key, value = (randn(s.B, h, t, s.D).detach() for h, t in ((s.H, 1), (s.KV, s.S), (s.KV, s.S)))
     calls = _calls("forward", ops.attention, query, key, value, enable_gqa=s.H != s.KV, compiled=compiled)
-    yield Case("attention of one query", ("attention, one query a sequence, S cached keys",), calls)
+    yield Case("attention of one query", "attention", ("attention, one query a sequence, S cached keys",), calls)
 
     logits = randn(s.B, s.V).detach()
     calls = _calls("forward", ops.sample, logits, temperature=0.8, top_k=50, top_p=0.9, seed=1, compiled=False)
-    yield Case("sample", ("sample, one token a sequence",), calls)
+    yield Case("sample", "sample", ("sample, one token a sequence",), calls)
 
     # A twentieth of the parameters: the time of AdamW is proportional to their number.
-    ours, theirs = ([randn(max(s.P // 2000, 1)) for _ in range(100)] for _ in range(2))
-    for p in (*ours, *theirs):
-        p.grad = torch.randn_like(p)
-    peer = torch.optim.AdamW(theirs, lr=1e-3, fused=True)
-    yield Case(
-        "adamw of a twentieth of the parameters",
-        (),
-        {"fastgpt": fastgpt.AdamW(ours, lr=1e-3).step, "torch fused (bfloat16 averages)": peer.step},
-    )
+    def parameters() -> list[torch.Tensor]:
+        made = [randn(max(s.P // 2000, 1)) for _ in range(100)]
+        for p in made:
+            p.grad = torch.randn_like(p)
+        return made
+
+    steps = {b: fastgpt.AdamW(parameters(), lr=1e-3, backend=b).step for b in _ours("adamw", device)}
+    steps["torch fused (bfloat16 averages)"] = torch.optim.AdamW(parameters(), lr=1e-3, fused=True).step
+    yield Case("adamw of a twentieth of the parameters", "adamw", (), steps)
 
 
 def _floor(case: Case, shape: Shape, device: predictions.Device | None) -> float | None:
@@ -177,6 +193,7 @@ def run(
                 {
                     "shape": shape.name,
                     "case": case.name,
+                    "owner": registry.owner_on(case.op, owners.place(device), DTYPE).backend,
                     "seconds": harness.interleaved(case.calls, timer) if case.calls else {},
                     "floor": _floor(case, shape, known_device(name)),
                     "failed": failed,

@@ -9,7 +9,7 @@ import torch
 from fastgpt.cli.doctor import cases
 from fastgpt.ops import native
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", ["cuda", "triton"])]
 
 CASES = cases()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,12 +34,12 @@ def step(case, inputs, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", CASES)
-def test_eager(op, dtype):
+def test_eager(op, dtype, backend):
     """What the sanitizer runs: finite results, and the same bits in a second run."""
-    if reason := native.missing("cuda", op):
+    if reason := native.missing(backend, op):
         pytest.skip(reason)
     inputs = on_gpu(CASES[op].tensors, dtype)
-    first, second = (step(CASES[op], inputs, "cuda") for _ in range(2))
+    first, second = (step(CASES[op], inputs, backend) for _ in range(2))
     torch.cuda.synchronize()
     for a, b in zip(first, second, strict=True):
         assert torch.isfinite(a).all()
@@ -48,20 +48,20 @@ def test_eager(op, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", CASES)
-def test_captured_and_replayed(op, dtype):
+def test_captured_and_replayed(op, dtype, backend):
     """The graph computes the same bits as eager calls, and follows inputs that change between replays."""
-    if reason := native.missing("cuda", op):
+    if reason := native.missing(backend, op):
         pytest.skip(reason)
     case = CASES[op]
     inputs = on_gpu(case.tensors, dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # warm-up on the side, as torch asks for
-        step(case, inputs, "cuda")
+        step(case, inputs, backend)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(case, inputs, "cuda")
+        captured = step(case, inputs, backend)
     for factor in (1.0, 0.5):
         with torch.no_grad():
             for t in inputs.values():
@@ -69,5 +69,5 @@ def test_captured_and_replayed(op, dtype):
                     t.mul_(factor)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(captured, step(case, inputs, "cuda"), strict=True):
+        for a, b in zip(captured, step(case, inputs, backend), strict=True):
             assert torch.equal(a, b)

@@ -10,11 +10,22 @@ from benchmarks import gpu, harness
 from fastgpt.cli import gpu as command
 from fastgpt.gpu.code import ROOT
 from fastgpt.gpu.predictions import DEVICES, SHAPES, Shape
+from fastgpt.ops import native, registry
 
 TINY = Shape("tiny", B=1, T=8, H=2, KV=1, D=16, F=24, V=50, P=4000, S=9)
 
 
-def test_every_case_runs():
+def test_cuda_stands_beside_triton(monkeypatch):
+    monkeypatch.setitem(native.DEVICE_TYPES, "triton", "cuda")
+    monkeypatch.setattr(registry, "_MISSING", {})
+    assert gpu._ours("gelu", torch.device("cuda")) == ["cuda", "triton"]
+    monkeypatch.setattr(registry, "_MISSING", {("gelu", "cuda"): "no nvcc"})
+    assert gpu._ours("gelu", torch.device("cuda")) == ["triton"]
+
+
+def test_every_case_runs(monkeypatch):
+    monkeypatch.setitem(native.DEVICE_TYPES, "triton", "cuda")  # not in the interpreter, which takes its time
+
     def timer(call):
         call()
         return 1.0
@@ -24,7 +35,8 @@ def test_every_case_runs():
     assert len({row["case"] for row in rows}) == len(rows) >= 15
     for row in rows:
         assert row["failed"] == {}, row
-        assert row["seconds"]["fastgpt"] == 1.0
+        assert row["owner"] == "cpu"
+        assert row["seconds"]["cpu"] == 1.0
         assert len(row["seconds"]) >= 2
         assert row["floor"] is None or row["floor"] > 0
 
@@ -33,11 +45,11 @@ def test_a_call_that_fails_is_reported(monkeypatch):
     def broken():
         raise RuntimeError("no such kernel\nmore")
 
-    case = gpu.Case("x", (), {"fastgpt": lambda: None, "peer": broken})
+    case = gpu.Case("x", "gelu", (), {"cpu": lambda: None, "peer": broken})
     monkeypatch.setattr(gpu, "cases", lambda shape, device, compiled: iter([case]))
     (row,) = gpu.run(lambda call: 2.0, torch.device("cpu"), "?", (TINY,))
     assert row["failed"] == {"peer": "RuntimeError: no such kernel"}
-    assert row["seconds"] == {"fastgpt": 2.0}
+    assert row["seconds"] == {"cpu": 2.0}
 
 
 def test_calls_take_turns():
@@ -62,16 +74,18 @@ def test_the_report(tmp_path):
         {
             "shape": SHAPES[0].name,
             "case": "gelu forward",
-            "seconds": {"fastgpt": 1e-4, "torch": 2e-4},
+            "owner": "cuda",
+            "seconds": {"cuda": 1e-4, "triton": 1.5e-4, "torch": 2e-4, "Liger": 1.1e-4},
             "floor": 5e-5,
-            "failed": {"Liger": "RuntimeError: no"},
+            "failed": {"torch.compile": "RuntimeError: no"},
         },
         {
             "shape": SHAPES[0].name,
             "case": "sample",
+            "owner": "triton",
             "seconds": {},
             "floor": None,
-            "failed": {"fastgpt": "Error: x"},
+            "failed": {"triton": "Error: x"},
         },
     ]
     steps = [
@@ -86,8 +100,13 @@ def test_the_report(tmp_path):
     assert "| tests | passed | 12 s | 100 passed |" in text
     assert "| compute-sanitizer memcheck | **failed** (status 1) | 3 s | ERROR SUMMARY: 2 errors |" in text
     assert "| compute-sanitizer racecheck | not run | | compute-sanitizer was not found |" in text
-    assert "| gelu forward | 100.0 us | 50 % | 2.00x torch | Liger: RuntimeError: no |" in text
-    assert "| sample | - | | | fastgpt: Error: x |" in text
+    assert "| case | owner | CUDA | Triton | torch | of the floor | the owner is | failed |" in text
+    ratios = "1.50x Triton, 2.00x torch, 1.10x Liger"
+    assert (
+        f"| gelu forward | CUDA | 100.0 us | 150.0 us | 200.0 us | 50 % | {ratios} | torch.compile: RuntimeError: no |"
+        in text
+    )
+    assert "| sample | Triton | - | - | - | | | triton: Error: x |" in text
     assert not list(tmp_path.glob("*.tmp"))
 
 
