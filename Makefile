@@ -9,13 +9,18 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 # The CUDA kernels on the emulator: the tests run them.
 export FASTGPT_SIMT ?= on
 
+# Runs Triton's intermediate code on the CPU, and finds races and stray accesses: for `make test-triton`. An alpha, which
+# declares Python >= 3.12 and other versions of torch and Triton, but works on Python 3.10 and 3.11 with Triton 3.9: so
+# pip must be told to ignore both.
+SANITIZER := ttsem==0.1.0
+
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow mutate gate gpu bench lint format doctor clean
+.PHONY: help demo test test-triton test-slow mutate gate gpu bench lint format doctor clean
 
 help: ## Show what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 demo: $(READY) ## Train a GPT on English text with the fused kernels, then let it write
 	@$(BIN)/fastgpt demo
@@ -24,11 +29,14 @@ demo: $(READY) ## Train a GPT on English text with the fused kernels, then let i
 test: $(READY) ## Run the tests (without those marked slow)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" --benchmark-disable
 
+test-triton: $(READY) ## Run the Triton kernels' tests in a sanitizer, bfloat16 among them (Linux)
+	OMP_WAIT_POLICY=passive FASTGPT_TRITON_RUNNER=sanitizer $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" -k triton --benchmark-disable tests/ops
+
 test-slow: $(READY) ## Run the tests marked slow
 	$(BIN)/python -m pytest -q -m slow --benchmark-disable
 
-gate: $(READY) ## Check the compiled CUDA kernels against their budget (csrc/cuda/budget.toml)
-	@$(BIN)/fastgpt gate
+gate: $(READY) ## Check the compiled CUDA and Triton kernels against their budgets (ONLY=cuda or triton: those)
+	@$(BIN)/fastgpt gate $(if $(ONLY),--only $(ONLY))
 
 # The command itself compiles the CUDA side, for the GPU that is there alone.
 gpu: ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; writes results/gpu.md
@@ -66,5 +74,6 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 	@echo "Installing the dependencies and building the native core (a few minutes the first time)"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt torch
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@if [ "$$(uname -s)" = Linux ]; then PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(SANITIZER); fi
 	@$(BIN)/python -c "from fastgpt.ops.native import cuda_summary; print('CUDA:', cuda_summary())"
 	@touch $@

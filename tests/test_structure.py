@@ -57,6 +57,13 @@ def test_imports_run_one_way(module, path):
         assert theirs is None or theirs >= mine, f"{module} imports {name}, which lies above it"
 
 
+def test_triton_is_imported_in_its_own_folder_alone():
+    """So that everything else works without it."""
+    for module, path in modules():
+        if not module.startswith("fastgpt.kernels"):
+            assert not any(name.split(".")[0] == "triton" for name in imports(path)), f"{module} imports triton"
+
+
 SLICES = (
     "fastgpt/ops/{}.py",
     "csrc/cpu/{}.cpp",
