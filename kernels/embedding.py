@@ -5,11 +5,12 @@
 Bytes: forward reads one or two rows and writes a row for each token. Backward reads dy once for each gradient and
 writes every row of it once; for GPT-2's vocabulary the rows that no token touched, all zero, are most of it.
 
-Backward without atomics: the tokens are sorted by row, stably (kernels/embedding_sort.py), so each row has its tokens in
-order, and they are added in that order. A row of more than 64 tokens (a space, a padding token) would keep its program
-busy after all others are done: its tokens are cut into pieces of 64, summed by programs of their own, and the pieces'
-sums are added in order. So the order of additions depends on the tokens alone. The positions of one start for all are
-sorted by formula. Workspace: 20 bytes a token, 4 a row, and a float row for each 32 tokens.
+Backward without atomics: the tokens are sorted by row, stably (kernels/embedding_sort.py), so each row has its tokens
+in order, and they are added in that order. A row of more than 64 tokens (a space, a padding token) would keep its
+program busy after all others are done: its tokens are cut into pieces of 64, summed by programs of their own, 16 tokens
+side by side, and the pieces' sums are added in order. So the order of additions depends on the tokens and on how dy
+lies in memory, on nothing else. The positions of one start for all are sorted by formula. Workspace: 24 bytes a token,
+4 a row, and a float row for each 32 tokens.
 
 A token or position out of range cannot be an exception without waiting for the device: its row of y is NaN, and the
 gradients leave it out.
@@ -28,7 +29,7 @@ from fastgpt.kernels.launch import launch, one_config
 TILE = 2048  # elements of a program: 16 for each of 128 threads
 WIDEST = 256  # columns of a program: 16 bytes for each lane of a warp, in 16-bit types
 KEYS = 1024  # tokens whose keys a program finds
-PIECE = tl.constexpr(64)  # tokens that are summed one after another
+PIECE = tl.constexpr(64)  # tokens of a row that one program sums
 MOST = 2**31 - 1 - 4096  # tokens and rows, counted in int32
 
 

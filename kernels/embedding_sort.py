@@ -50,13 +50,12 @@ def embedding_places_kernel(places, histogram, tiles, TILES: tl.constexpr):
 @triton.jit(do_not_specialize=["count", "shift"])
 def embedding_scatter_kernel(sorted_keys, sorted_order, keys, order, places, count, shift, TILE: tl.constexpr):
     tile = tl.program_id(0)
-    i = tile * TILE + tl.arange(0, TILE)
+    place = tl.arange(0, TILE)
+    i = tile * TILE + place
     key = tl.load(keys + i, mask=i < count, other=0)
     digit = tl.where(i < count, (key >> shift) % DIGITS, -1)
-    j = tile * TILE + tl.arange(0, TILE)[None, :]
-    other = (tl.load(keys + j, mask=j < count, other=0) >> shift) % DIGITS
-    before = (other == digit[:, None]) & (j < i[:, None])
-    to = tl.load(places + tile * DIGITS + digit, mask=i < count, other=0) + tl.sum(before.to(tl.int32), 1)
+    before = (digit[:, None] == digit[None, :]) & (place[:, None] < place[None, :])
+    to = tl.load(places + tile * DIGITS + digit, mask=i < count, other=0) + tl.sum(before.to(tl.int32), 0)
     tl.store(sorted_keys + to, key, mask=i < count)
     tl.store(sorted_order + to, tl.load(order + i, mask=i < count, other=0), mask=i < count)
 
