@@ -15,11 +15,16 @@ from fastgpt.kernels.launch import Configs, one_config
 TILE = 4096  # elements of a program, 16 for each of 256 threads
 
 
-def tiles(rows: int, cols: int) -> tuple[tuple[int], Configs]:
-    """(grid, configs) for ``tile_at``: whole lines of 256 elements, of as many rows as that leaves, or of one row."""
+def tile(rows: int, cols: int) -> dict[str, Any]:
+    """What a program takes: pieces of 256 elements of as many rows as that leaves, or TILE elements of the only row."""
     width = min(triton.next_power_of_2(cols), 256) if rows > 1 else TILE
-    tile: dict[str, Any] = {"ROWS": TILE // width, "COLS": width}
-    return (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(cols, width),), one_config(**tile, num_warps=8)
+    return {"ROWS": TILE // width, "COLS": width}
+
+
+def tiles(rows: int, cols: int) -> tuple[tuple[int], Configs]:
+    """(grid, configs) for ``tile_at``."""
+    size = tile(rows, cols)
+    return (triton.cdiv(rows, size["ROWS"]) * triton.cdiv(cols, size["COLS"]),), one_config(**size, num_warps=8)
 
 
 @triton.jit
@@ -32,17 +37,8 @@ def tile_at(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     return row, col, (row < rows) & (col < cols)
 
 
-# --- bounds that NaN passes, where tl.maximum and tl.minimum may drop it ---
-
-
-@triton.jit
-def at_least(x, low):
-    return tl.where(x < low, low, x)
-
-
-@triton.jit
-def at_most(x, high):
-    return tl.where(x > high, high, x)
+# Third argument of tl.maximum and tl.minimum, which may drop NaN otherwise.
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 # --- elementary functions ---
@@ -58,7 +54,7 @@ def exp_negative(x, HALF: tl.constexpr, rest=0.0):
     if HALF:
         return tl.exp(x + rest)
     else:
-        x = at_least(x, -104.0)  # below, e^x is 0
+        x = tl.maximum(x, -104.0, KEEP_NAN)  # below, e^x is 0
         shifted = x * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23: no bits are left behind the point
         n = shifted - 12582912.0
         r = (x - n * 0.693145751953125) - n * 1.42860682030941723e-6

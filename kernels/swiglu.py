@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.elementwise import at_least, sigmoid, tile_at, tiles
+from fastgpt.kernels.elementwise import KEEP_NAN, sigmoid, tile_at, tiles
 from fastgpt.kernels.launch import launch
 
 
@@ -24,7 +24,7 @@ def swiglu_forward_kernel(
     g = tl.load(gate + row * gate_stride + col, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
     s, _ = sigmoid(g, HALF)
-    out = u * (at_least(g, -200.0) * s)  # s is 0 there: no inf * 0
+    out = u * (tl.maximum(g, -200.0, KEEP_NAN) * s)  # s is 0 there: no inf * 0
     tl.store(y + row * cols + col, out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -39,7 +39,7 @@ def swiglu_backward_kernel(
     u = tl.load(up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(dy + row * cols + col, mask=inside, other=0.0).to(tl.float32)
     s, complement = sigmoid(g, HALF)
-    silu = at_least(g, -200.0) * s
+    silu = tl.maximum(g, -200.0, KEEP_NAN) * s
     # silu (1 - s) = g s (1 - s) vanishes for large g, where silu may be infinite.
     bend = tl.where(g > 200.0, 0.0, silu * complement)
     into = row * gradient_stride + col

@@ -50,17 +50,18 @@ def _uses_triton(item):
 
 @functools.cache
 def remember_compiled_kernels():
-    """ttsem compiles and parses a kernel at each launch, which takes longer than running it: once for each
-    specialisation is enough."""
+    """ttsem compiles a kernel down to machine code and parses it at each launch, which takes longer than running it:
+    no further than the stage that is run, and once for each specialisation, is enough."""
     from ttsem import harness, mlir
 
-    ir_for_launch, texts = harness.ir_for_launch, {}
+    texts = {}
+    mlir.enable_generic_printing()
 
     def ir_of_specialisation(record, stage, target):
         options, *specialisation = harness._specialize(record.fn, record.args, record.kwargs, target)
         key = (record.fn, stage, str(target), str(options), str(specialisation))
         if key not in texts:
-            texts[key] = ir_for_launch(record, stage, target)
+            texts[key] = mlir.to_generic(harness._stage_text(record, stage, target), None)
         return texts[key]
 
     harness.ir_for_launch = ir_of_specialisation
@@ -98,33 +99,14 @@ def pytest_collection_modifyitems(config, items):
 def sanitized_triton():
     """Triton kernels on CPU tensors by ttsem, which raises on a race, a stray access or an undefined result."""
     from triton.runtime import driver
-    from ttsem import _fakedriver, harness, sanitize
+    from ttsem import _fakedriver, sanitize
 
     remember_compiled_kernels()
     before = driver._active
-    with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu(), pytest.MonkeyPatch.context() as patch:
+    with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu():
         _fakedriver.unstub_torch_cuda()
-        harness.mlir.enable_generic_printing()
-        parse = harness.mlir.parse
-        patch.setattr(harness, "ir_for_launch", _intermediate_code)
-        patch.setattr(harness.mlir, "parse", lambda text: _MODULES.get(text) or _MODULES.setdefault(text, parse(text)))
         yield
     driver._active = before
-
-
-# What ttsem compiled and parsed before, by specialisation and by text.
-_CODE, _MODULES = {}, {}
-
-
-def _intermediate_code(record, stage, target):
-    """ttsem's ``ir_for_launch``, with the compilation stopped at the stage that is run: ttsem's own goes on to machine
-    code, which is ten times the work."""
-    from ttsem import harness
-
-    key = record.fn, stage, str(harness._specialize(record.fn, record.args, record.kwargs, target))
-    if key not in _CODE:
-        _CODE[key] = harness.mlir.to_generic(harness._stage_text(record, stage, target), None)
-    return _CODE[key]
 
 
 def _patch_language_once():

@@ -177,7 +177,8 @@ def test_widths_and_rows(shape, dtype, backend):
         harness.check(runner(approximate), make(shape), dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# The Triton kernels have as many programs as there are tiles.
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_more_rows_than_a_grid_has_at_once(backend):
     harness.check(runner("tanh"), make((16400, 33)), torch.float32, backend)
 

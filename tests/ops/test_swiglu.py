@@ -74,7 +74,8 @@ def test_slices_aligned_and_not(width, dtype, backend):
         harness.check(run, {name: t.detach().requires_grad_() for name, t in parts.items()}, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# The Triton kernels have as many programs as there are tiles.
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_more_rows_than_a_grid_has_at_once(backend):
     harness.check(run, make((16400, 33), False), torch.float32, backend)
 
