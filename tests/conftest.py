@@ -44,6 +44,30 @@ def pytest_runtest_setup(item):
 # --- Triton kernels without a GPU ---
 
 
+def quicken_interpreter():
+    """Triton's interpreter patches its language again for every call of a device function, which takes a millisecond,
+    more than the function itself. Once per launch and module is enough."""
+    from triton.runtime import interpreter
+
+    patch, execute, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        module = id(function.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return patch(function)
+
+    def execute_afresh(self, *args, **kwargs):
+        patched.clear()
+        execute(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_afresh
+
+
+if TRITON_RUNNER == "interpreter" and not native.NO_TRITON:
+    quicken_interpreter()
+
+
 def _uses_triton(item):
     return "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
 
