@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt.gpu import budget, triton_build
+from fastgpt.gpu import budget, catalogue, triton_build
 from fastgpt.kernels.launch import Launch, one_config
 
 
@@ -47,17 +47,18 @@ def planted(kernel, *args, configs):
 
 WIDE = one_config(BLOCK=1024)
 RECORDED = [
-    ("aligned", planted(copy_kernel, half(4096), half(4096), 4096, configs=WIDE)),
-    ("again", planted(copy_kernel, half(8192), half(8192), 8192, configs=WIDE)),
-    ("odd length", planted(copy_kernel, half(4097), half(4097), 4097, configs=WIDE)),
-    ("by architecture", planted(copy_kernel, half(4096), half(4096), 4096, configs=by_architecture)),
-    ("dot", planted(dot_kernel, *(half(64, 64),) * 3, configs=one_config(SIZE=64))),
-    ("too large", planted(dot_kernel, *(half(256, 256),) * 3, configs=one_config(SIZE=256, num_warps=16))),
-    ("not a power of two", planted(broken_kernel, half(100), configs=one_config(SIZE=100))),
+    ("copy", "aligned", planted(copy_kernel, half(4096), half(4096), 4096, configs=WIDE)),
+    ("copy", "again", planted(copy_kernel, half(8192), half(8192), 8192, configs=WIDE)),
+    ("copy", "odd length", planted(copy_kernel, half(4097), half(4097), 4097, configs=WIDE)),
+    ("copy", "by architecture", planted(copy_kernel, half(4096), half(4096), 4096, configs=by_architecture)),
+    ("dot", "dot", planted(dot_kernel, *(half(64, 64),) * 3, configs=one_config(SIZE=64))),
+    ("dot", "too large", planted(dot_kernel, *(half(256, 256),) * 3, configs=one_config(SIZE=256, num_warps=16))),
+    ("broken", "not a power of two", planted(broken_kernel, half(100), configs=one_config(SIZE=100))),
 ]
 
 if __name__ == "__main__":
-    triton_build._jobs[:] = triton_build._list_jobs(RECORDED, sys.argv[2:])
+    recorded = [(catalogue.Case(op, label, print), launch) for op, label, launch in RECORDED]
+    triton_build._jobs[:] = triton_build._list_jobs(recorded, sys.argv[2:])
     found = [triton_build._compile(index, Path(sys.argv[1])) for index in range(len(triton_build._jobs))]
     rules = budget.parse(Path(sys.argv[1], "rules.toml").read_text())
     kernels = [c.kernel for c in found if c.kernel is not None]

@@ -91,7 +91,7 @@ def _attention_varlen() -> Iterator[Case]:
         return run
 
     for dtype, dim in ((BF16, 64), (BF16, 128), (F16, 64), (F32, 64)):
-        yield Case("attention_varlen", f"varlen {NAMES[dtype]} D={dim} causal", call(dtype, dim))
+        yield Case("attention_varlen", f"{NAMES[dtype]} D={dim} causal", call(dtype, dim))
 
 
 def _attention_with_kvcache() -> Iterator[Case]:
@@ -114,7 +114,7 @@ def _attention_with_kvcache() -> Iterator[Case]:
         (F16, 128, 1, False),
         (F32, 64, 1, False),
     ):
-        label = f"cache {NAMES[dtype]} D={dim}{f' L={length}' if length > 1 else ''}{' paged' if paged else ''}"
+        label = f"{NAMES[dtype]} D={dim}{f' L={length}' if length > 1 else ''}{' paged' if paged else ''}"
         yield Case("attention_with_kvcache", label, call(dtype, dim, length, paged))
 
 
@@ -207,7 +207,7 @@ def _losses() -> Iterator[Case]:
         label = f"{NAMES[dtype]} V={vocabulary}{' smoothing z_loss' if extras else ''}"
         yield Case("cross_entropy", label, cross_entropy(dtype, vocabulary, extras))
     for dtype in (BF16, F32):
-        yield Case("linear_cross_entropy", f"linear {NAMES[dtype]}", linear_cross_entropy(dtype))
+        yield Case("linear_cross_entropy", NAMES[dtype], linear_cross_entropy(dtype))
 
 
 def _rest() -> Iterator[Case]:

@@ -81,24 +81,26 @@ def _start(operators: Sequence[str], architectures: Sequence[str]) -> None:
                     except Exception as error:  # the report says it, and goes on
                         why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
                         _refused.append(Compiled(f"{case.op}<{case.label}>", case.op, "", True, failed=why))
-                recorded += [(case.label, launch) for launch in launches]
+                recorded += [(case, launch) for launch in launches]
     _jobs[:] = _list_jobs(recorded, architectures)
 
 
-def _list_jobs(recorded: Sequence[tuple[str, Any]], architectures: Sequence[str]) -> Iterator[_Job]:
+def _list_jobs(recorded: Sequence[tuple[catalogue.Case, Any]], architectures: Sequence[str]) -> Iterator[_Job]:
     from fastgpt.kernels.compile import target_of, variants
 
     targets = {name: target_of(name) for name in architectures}
     for target in targets.values():
         seen: set[str] = set()
         names: dict[str, int] = {}
-        for label, launch in recorded:
+        for case, launch in recorded:
             if target.backend == "cuda" and _shared_with(launch, target.arch, targets):
                 continue
             for variant in variants(launch, target):
                 if variant.key in seen:
                     continue
                 seen.add(variant.key)
+                # A kernel that several operators share says whose call it was.
+                label = case.label if variant.name.startswith(f"{case.op}_") else f"{case.op} {case.label}"
                 full = f"{variant.name}<{label}, {variant.configuration}>"
                 names[full] = names.get(full, 0) + 1
                 if names[full] > 1:  # one case launches the kernel more than once, differently
