@@ -240,7 +240,7 @@ def _tiles(target: GPUTarget, half: bool, width: int, options: bool, window: boo
     if not half:
         return [(64, 32, 8, 2), (32, 32, 4, 2)] if size == 0 else [(64, 32, 8, 2)] if size == 1 else [(32, 16, 8, 2)]
     if options:  # what they look up takes registers
-        return [(64, 64, 4, 2), (128, 64, 8, 2)] if size == 0 else [(64, 32, 8, 2)]
+        return ([(64, 64, 4, 2), (128, 64, 8, 2)], [(64, 32, 8, 2)], [(64, 16, 8, 2), (64, 32, 8, 2)])[size]
     if target.arch == 90:
         plain = (
             [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3)],
@@ -248,11 +248,7 @@ def _tiles(target: GPUTarget, half: bool, width: int, options: bool, window: boo
             [(128, 64, 8, 2), (64, 64, 8, 2)],
         )
     elif target.arch in (100, 103):
-        plain = (
-            [(128, 128, 8, 2), (128, 64, 8, 3)],
-            [(128, 128, 8, 2), (128, 64, 8, 3)],
-            [(128, 32, 8, 2), (64, 64, 8, 2)],
-        )
+        return [(128, 32, 8, 2), (64, 64, 8, 2)] if size == 2 else [(128, 128, 8, 2), (128, 64, 8, 3)]
     else:
         plain = (
             [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
