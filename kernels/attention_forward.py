@@ -40,6 +40,8 @@ from fastgpt.kernels.attention_core import (
 from fastgpt.kernels.core import dropout_values
 from fastgpt.kernels.launch import Configs, launch
 
+STRETCH = tl.constexpr(16)  # products of floats that are summed in a row; then the sums are
+
 # What changes from call to call is compiled for once.
 _NUMBERS = [
     *("kv_heads", "queries", "keys", "dim", "value_dim", "table_stride", "page_size"),
@@ -61,7 +63,9 @@ def attention_forward_kernel(
     """None for what a call has not; strides of q, k, v and out and head dims in units of UNIT elements."""
     HALF: tl.constexpr = q.dtype.element_ty != tl.float32
     # Whether the band is all that a score's mask depends on.
-    PLAIN: tl.constexpr = mask is None and alibi is None and dropout_seed is None and block_table is None
+    PLAIN: tl.constexpr = (
+        mask is None and alibi is None and softcap is None and dropout_seed is None and block_table is None
+    )
     # Scores are held in units in which exp is cheap: base 2 for the 16-bit types, whose P is rounded anyway; natural
     # for float32, where the product with log2(e) would be one rounding more.
     SCORE_UNIT: tl.constexpr = LOG2E if HALF else 1.0
@@ -86,7 +90,7 @@ def attention_forward_kernel(
     dim = None if dim is None else dim * UNIT
     value_dim = None if value_dim is None else value_dim * UNIT
     q_rows = q + batch * q_batch * UNIT + head.to(tl.int64) * q_head * UNIT + (first_query + query) * q_row * UNIT
-    q_tile = load_tile(q_rows, None, columns, dim)
+    q_tile = load_tile(q_rows, None, columns, dim) if HALF else None
     k += tl.cast(kv_head, tl.int64) * k_head * UNIT
     v += tl.cast(kv_head, tl.int64) * v_head * UNIT
     if block_table is None:
@@ -124,18 +128,19 @@ def attention_forward_kernel(
                 row_of_page = (key % page_size).to(tl.int64)
                 k_rows = k + page.to(tl.int64) * k_batch * UNIT + row_of_page * k_row * UNIT
                 v_rows = v + page.to(tl.int64) * v_batch * UNIT + row_of_page * v_row * UNIT
-            k_tile = load_tile(k_rows, there, columns, dim)
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            if PLAIN and softcap is None:
-                s *= scale * SCORE_UNIT
-                if part != 1:
-                    s = tl.where(sees(query[:, None], key[None, :], shift, left, right, keys), s, float("-inf"))
+            if HALF:
+                s = tl.dot(q_tile, tl.trans(load_tile(k_rows, there, columns, dim)))
+                s *= scale * SCORE_UNIT if PLAIN else scale
             else:
-                s = capped(s * scale, softcap)
+                s = _scaled_product(scale, q_rows, k_rows, there, dim, D)
+            if part != 1 or not PLAIN:
+                seen = sees(query[:, None], key[None, :], shift, left, right, keys)
+            if PLAIN:
                 if part != 1:
-                    seen = sees(query[:, None], key[None, :], shift, left, right, keys)
-                    s = biased(s, seen, query[:, None], key[None, :], keys - queries, slope, mask, mask_key)
-                s *= SCORE_UNIT
+                    s = tl.where(seen, s, float("-inf"))
+            else:
+                s = capped(s, softcap)
+                s = biased(s, seen, query[:, None], key[None, :], keys - queries, slope, mask, mask_key) * SCORE_UNIT
 
             most = tl.maximum(m, tl.max(s, 1))
             # Where nothing is seen yet, exp(-inf - 0) is 0 and not NaN.
@@ -169,6 +174,19 @@ def attention_forward_kernel(
     store_tile(out_rows + (first_query + query) * out_row * UNIT, inside, value_columns, value_dim, o)
     value = tl.where(nothing, float("inf"), (m * LN2 if HALF else m) + tl.log(divisor))
     tl.store(lse + batch * lse_batch + head.to(tl.int64) * lse_head + first_query + query, value, mask=inside)
+
+
+@triton.jit
+def _scaled_product(scale, q_rows, k_rows, there, dim, D: tl.constexpr):
+    """scale Q K^T of float32, (rows, keys), as the backward computes it: one running sum of all columns would lose more
+    than torch's GEMM does. The scale is in the loop because Triton makes one such sum of ``total += dot``."""
+    total = tl.zeros((q_rows.shape[0], k_rows.shape[0]), tl.float32)
+    for first in range(0, D, STRETCH):
+        columns = first + tl.arange(0, STRETCH)
+        q_part = load_tile(q_rows, None, columns, dim)
+        k_part = load_tile(k_rows, there, columns, dim)
+        total += scale * tl.dot(q_part, tl.trans(k_part), input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -240,19 +258,19 @@ def _tiles(target: GPUTarget, half: bool, width: int, options: bool, window: boo
     if not half:
         return [(64, 32, 8, 2), (32, 32, 4, 2)] if size == 0 else [(64, 32, 8, 2)] if size == 1 else [(32, 16, 8, 2)]
     if options:  # what they look up takes registers
-        return ([(64, 64, 4, 2), (128, 64, 8, 2)], [(64, 32, 8, 2)], [(64, 16, 8, 2), (64, 32, 8, 2)])[size]
+        return [[(64, 64, 4, 2)], [(64, 32, 8, 2)], [(64, 16, 8, 2)]][size]
+    if target.arch in (100, 103):
+        return [[(128, 128, 8, 2)], [(128, 128, 8, 2)], [(64, 64, 8, 2)]][size]
     if target.arch == 90:
-        plain = (
-            [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3)],
+        plain = [
+            [(128, 64, 4, 3), (128, 128, 8, 2)],
             [(128, 128, 8, 2), (128, 64, 8, 3)],
             [(128, 64, 8, 2), (64, 64, 8, 2)],
-        )
-    elif target.arch in (100, 103):
-        return [(128, 32, 8, 2), (64, 64, 8, 2)] if size == 2 else [(128, 128, 8, 2), (128, 64, 8, 3)]
+        ][size]
     else:
-        plain = (
-            [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
+        plain = [
+            [(128, 64, 4, 3), (128, 64, 8, 3)],
             [(128, 64, 8, 3), (128, 32, 8, 3)],
             [(64, 32, 8, 2)],
-        )
-    return plain[size][window:] if len(plain[size]) > 1 else plain[size]  # a third loop takes registers too
+        ][size]
+    return plain[-1:] if window else plain  # a third loop takes registers too

@@ -180,7 +180,7 @@ def test_any_size_and_options(backend, length, keys, dim, left, right, alignment
         (1, 1, 1, -1, -1, "top_left", 0.0, False, False, 0.0),
         (100, 37, 5, 3, 0, "bottom_right", 0.0, False, False, 0.0),
         (33, 150, 33, -1, 9, "top_left", 0.0, True, False, 0.999),
-        (97, 140, 64, 50, 20, "top_left", 0.0, False, True, 0.0),
+        (97, 300, 64, 40, 150, "bottom_right", 0.0, False, True, 0.0),  # tiles that the window cuts, tiles it does not
         (70, 129, 70, 40, -1, "bottom_right", 5.0, True, True, 0.3),
         (17, 64, 16, 0, 0, "top_left", 0.5, False, True, 0.3),
     ],
