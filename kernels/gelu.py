@@ -147,7 +147,7 @@ def gelu_backward(
     chunks = triton.cdiv(rows, chunk)
     partial = torch.empty((chunks, 1, cols), dtype=torch.float32, device=x.device)
     launch(
-        gelu_bias_backward_kernel, (triton.cdiv(cols, size["COLS"]), chunks), dx, partial, dy, x, bias, rows, cols, chunk,
-        configs=one_config(**size, num_warps=8), TANH=tanh,
+        gelu_bias_backward_kernel, (triton.cdiv(cols, size["COLS"]), chunks), dx, partial, dy, x, bias, rows, cols,
+        chunk, configs=one_config(**size, num_warps=8), TANH=tanh,
     )  # fmt: skip
     write_column_sums(partial, dbias)
