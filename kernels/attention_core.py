@@ -168,6 +168,48 @@ def biased(score, seen, query, key, diagonal, slope, mask, mask_stride):
     return tl.where(seen, score, float("-inf"))
 
 
+# --- a row's softmax ---
+
+
+@triton.jit
+def exponential(x, HALF: tl.constexpr):
+    """exp of a difference of scores in units of ``score_unit``."""
+    return tl.exp2(x) if HALF else tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def finite_or_zero(m):
+    """The maximum to subtract: where nothing is seen yet, exp(-inf - 0) is 0 and not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def finished(o, m, l, sinks, head, dropout_factor, HALF: tl.constexpr):  # noqa: E741
+    """The end of rows: (out, log-sum-exp) from the sums o (rows, columns) and l (rows,) of weights exp(score - m).
+
+    Args:
+        sinks: pointer, or None.
+        head: (rows,) or one for all.
+        dropout_factor: what dropout multiplies the weights by that it keeps; None without.
+    """
+    if sinks is not None:
+        sink = tl.load(sinks + head) * (LOG2E if HALF else 1.0)
+        most = tl.maximum(m, sink)
+        base = finite_or_zero(most)
+        shrink = exponential(m - base, HALF)
+        m = most
+        l = l * shrink + exponential(sink - base, HALF)  # noqa: E741
+        o *= shrink[:, None]
+    nothing = m == float("-inf")  # no key is seen, and there is no sink
+    divisor = tl.where(nothing, 1.0, l)
+    factor = 1.0 if dropout_factor is None else dropout_factor
+    if HALF:
+        o *= (factor / divisor)[:, None]
+    else:  # one rounding less
+        o = tl.div_rn(o * factor, tl.broadcast_to(divisor[:, None], o.shape))
+    return o, tl.where(nothing, float("inf"), (m * LN2 if HALF else m) + tl.log(divisor))
+
+
 # --- dropout ---
 
 

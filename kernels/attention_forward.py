@@ -20,7 +20,6 @@ from torch import Tensor, float32
 from triton.backends.compiler import GPUTarget
 
 from fastgpt.kernels.attention_core import (
-    LN2,
     LOG2E,
     MAX_LENGTH,
     MIN_TILE,
@@ -28,6 +27,9 @@ from fastgpt.kernels.attention_core import (
     capped,
     dropout_scale,
     end_key_of,
+    exponential,
+    finished,
+    finite_or_zero,
     first_key_of,
     limit,
     load_tile,
@@ -36,6 +38,14 @@ from fastgpt.kernels.attention_core import (
     store_tile,
     tile_width,
     unit_of,
+)
+from fastgpt.kernels.attention_decode import (
+    NO_PIECES,
+    decode_configs,
+    pieces_of,
+    split_length,
+    splits_keys,
+    sum_pieces,
 )
 from fastgpt.kernels.core import dropout_values
 from fastgpt.kernels.launch import Configs, launch
@@ -47,7 +57,7 @@ _NUMBERS = [
     *("kv_heads", "queries", "keys", "dim", "value_dim", "table_stride", "page_size"),
     *(f"{x}_{stride}" for x in ["out", "q", "k", "v"] for stride in ("batch", "head", "row")),
     *("lse_batch", "lse_head", "mask_batch", "mask_head", "mask_row", "alibi_batch"),
-    *("left", "right", "dropout_threshold"),
+    *("left", "right", "dropout_threshold", "splits", "split_count", "split_least"),
 ]
 
 
@@ -57,6 +67,7 @@ def attention_forward_kernel(
     kv_heads, group, queries, keys, dim, value_dim, out_batch, out_head, out_row, q_batch, q_head, q_row,
     k_batch, k_head, k_row, v_batch, v_head, v_row, lse_batch, lse_head, mask_batch, mask_head, mask_row, mask_key,
     alibi_batch, table_stride, page_size, left, right, dropout_threshold, dropout_factor, scale, softcap,
+    part_o, part_m, part_l, splits, split_count, split_least,
     BOTTOM_RIGHT: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -66,13 +77,19 @@ def attention_forward_kernel(
     PLAIN: tl.constexpr = (
         mask is None and alibi is None and softcap is None and dropout_seed is None and block_table is None
     )
+    # The few tiles of a piece are worth but one loop.
+    WHOLE: tl.constexpr = PLAIN and splits is None
     # Scores are held in units in which exp is cheap: base 2 for the 16-bit types, whose P is rounded anyway; natural
     # for float32, where the product with log2(e) would be one rounding more.
     SCORE_UNIT: tl.constexpr = LOG2E if HALF else 1.0
 
     tiles = tl.cdiv(queries * group, ROWS)
-    head_index = tl.program_id(0) // tiles
-    tile = tiles - 1 - tl.program_id(0) % tiles  # causal: the longest first
+    program = tl.program_id(0)
+    if splits is not None:
+        piece = program % splits
+        program = program // splits
+    head_index = program // tiles
+    tile = tiles - 1 - program % tiles  # causal: the longest first
     batch, kv_head = (head_index // kv_heads).to(tl.int64), head_index % kv_heads
     queries, keys, first_query, first_key = sequence_of(cu_seqlens_q, cu_seqlens_k, batch, queries, keys)
     if cache_seqlens is not None:
@@ -86,6 +103,22 @@ def attention_forward_kernel(
     row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)
     query, head = row // group, kv_head * group + row % group
     last_query = (tl.minimum(first_row + ROWS, rows) - 1) // group
+    # Seen by some row: [begin, end); by all: [whole_begin, whole_end).
+    first = first_row // group
+    begin = first_key_of(first, shift, left) // KEYS * KEYS
+    end = end_key_of(last_query, shift, right, keys)
+    if splits is not None:
+        length = split_length(keys, split_count, split_least)
+        begin = tl.maximum(begin, piece * length)
+        end = tl.minimum(end, (piece + 1) * length)
+    if part_o is not None and begin >= end:  # the sum of the pieces leaves it out
+        return
+    if WHOLE:
+        whole_begin = tl.cdiv(first_key_of(last_query, shift, left), KEYS) * KEYS
+        whole_end = tl.maximum(end_key_of(first, shift, right, keys) // KEYS * KEYS, whole_begin)
+    else:
+        whole_begin, whole_end = begin, begin
+
     columns, value_columns = tl.arange(0, D), tl.arange(0, DV)
     dim = None if dim is None else dim * UNIT
     value_dim = None if value_dim is None else value_dim * UNIT
@@ -102,20 +135,10 @@ def attention_forward_kernel(
     if dropout_seed is not None:
         seed, dropout_head = tl.load(dropout_seed), (batch * kv_heads * group + head)[:, None]
 
-    # Seen by some row: [begin, end); by all: [whole_begin, whole_end).
-    first = first_row // group
-    begin = first_key_of(first, shift, left) // KEYS * KEYS
-    end = end_key_of(last_query, shift, right, keys)
-    if PLAIN:
-        whole_begin = tl.cdiv(first_key_of(last_query, shift, left), KEYS) * KEYS
-        whole_end = tl.maximum(end_key_of(first, shift, right, keys) // KEYS * KEYS, whole_begin)
-    else:
-        whole_begin, whole_end = begin, begin
-
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)  # noqa: E741
     o = tl.zeros((ROWS, DV), tl.float32)
-    for part in tl.static_range(0 if left is not None and PLAIN else 1 if PLAIN else 2, 3):
+    for part in tl.static_range(0 if left is not None and WHOLE else 1 if WHOLE else 2, 3):
         start = begin if part == 0 else whole_begin if part == 1 else whole_end
         stop = tl.minimum(whole_begin, end) if part == 0 else whole_end if part == 1 else end
         for first_of_tile in range(start, stop, KEYS):
@@ -143,10 +166,9 @@ def attention_forward_kernel(
                 s = biased(s, seen, query[:, None], key[None, :], keys - queries, slope, mask, mask_key) * SCORE_UNIT
 
             most = tl.maximum(m, tl.max(s, 1))
-            # Where nothing is seen yet, exp(-inf - 0) is 0 and not NaN.
-            base = most if part == 1 else tl.where(most == float("-inf"), 0.0, most)
-            p = _exponential(s - base[:, None], HALF)
-            shrink = _exponential(m - base, HALF)
+            base = most if part == 1 else finite_or_zero(most)
+            p = exponential(s - base[:, None], HALF)
+            shrink = exponential(m - base, HALF)
             m = most
             l = l * shrink + tl.sum(p, 1)  # noqa: E741
             if dropout_seed is not None:
@@ -155,25 +177,17 @@ def attention_forward_kernel(
             v_tile = load_tile(v_rows, there, value_columns, value_dim)
             o = tl.dot(p.to(v_tile.dtype), v_tile, o * shrink[:, None], input_precision="ieee")
 
-    if sinks is not None:
-        sink = tl.load(sinks + head) * SCORE_UNIT
-        most = tl.maximum(m, sink)
-        base = tl.where(most == float("-inf"), 0.0, most)
-        shrink = _exponential(m - base, HALF)
-        m = most
-        l = l * shrink + _exponential(sink - base, HALF)  # noqa: E741
-        o *= shrink[:, None]
-    nothing = m == float("-inf")  # no key is seen, and there is no sink
-    divisor = tl.where(nothing, 1.0, l)
-    if HALF:
-        o *= (dropout_factor / divisor)[:, None]
-    else:  # one rounding less
-        o = tl.div_rn(o if dropout_seed is None else o * dropout_factor, tl.broadcast_to(divisor[:, None], (ROWS, DV)))
     inside = first_row + tl.arange(0, ROWS) < rows
-    out_rows = out + batch * out_batch * UNIT + head.to(tl.int64) * out_head * UNIT
-    store_tile(out_rows + (first_query + query) * out_row * UNIT, inside, value_columns, value_dim, o)
-    value = tl.where(nothing, float("inf"), (m * LN2 if HALF else m) + tl.log(divisor))
-    tl.store(lse + batch * lse_batch + head.to(tl.int64) * lse_head + first_query + query, value, mask=inside)
+    if part_o is not None:
+        part = ((batch * kv_heads + kv_head) * rows + row) * splits + piece
+        store_tile(part_o + part * DV, inside, value_columns, None, o)
+        tl.store(part_m + part, m, mask=inside)
+        tl.store(part_l + part, l, mask=inside)
+    else:
+        o, value = finished(o, m, l, sinks, head, dropout_factor, HALF)
+        out_rows = out + batch * out_batch * UNIT + head.to(tl.int64) * out_head * UNIT
+        store_tile(out_rows + (first_query + query) * out_row * UNIT, inside, value_columns, value_dim, o)
+        tl.store(lse + batch * lse_batch + head.to(tl.int64) * lse_head + first_query + query, value, mask=inside)
 
 
 @triton.jit
@@ -189,11 +203,6 @@ def _scaled_product(scale, q_rows, k_rows, there, dim, D: tl.constexpr):
     return total
 
 
-@triton.jit
-def _exponential(x, HALF: tl.constexpr):
-    return tl.exp2(x) if HALF else tl.exp2(x * LOG2E)
-
-
 def attention_forward(
     *, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
     alibi: Tensor | None, dropout_seed: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
@@ -204,7 +213,7 @@ def attention_forward(
     dropout_threshold: int, num_splits: int, scale: float, softcap: float, bottom_right: bool, dtype: int,
     mask_dtype: int, mask_bool: bool,
 ) -> None:  # fmt: skip
-    """Fields: csrc/fastgpt.h's AttentionForward. ``num_splits`` is not looked at: the keys of a query are not split."""
+    """Fields: csrc/fastgpt.h's AttentionForward. The keys of few queries are split, see attention_decode.py."""
     group = heads // kv_heads
     # Of packed sequences a tile has the same rows whatever they are: the longest must not change its neighbours' bits.
     rows = MAX_LENGTH if cu_seqlens_q is not None else queries * group
@@ -212,24 +221,35 @@ def attention_forward(
     unit = unit_of((q,), (dim, value_dim, *strides))
     width, value_width = tile_width(dim), tile_width(value_dim)
     options = softcap > 0 or any(x is not None for x in (mask, alibi, dropout_seed, block_table))
+    value_columns = None if value_dim == value_width else value_dim // unit
+    factor = dropout_scale(dropout_threshold) if dropout_threshold else None
+    bottom_right = bottom_right and (left >= 0 or right >= 0)
+    split = cu_seqlens_q is None and splits_keys(queries * group, num_splits)
+    pieces = pieces_of(q, batch * heads * queries, keys, value_width, num_splits) if split else NO_PIECES
+    half, widest = q.dtype != float32, max(width, value_width)
+    configs = decode_configs(half, widest, rows) if split else _configs(half, widest, options, left >= 0, rows)
 
     def grid(constants: dict[str, Any]) -> tuple[int]:
-        return (triton.cdiv(queries * group, constants["ROWS"]) * batch * kv_heads,)
+        return (triton.cdiv(queries * group, constants["ROWS"]) * batch * kv_heads * (pieces.splits or 1),)
 
     launch(
         attention_forward_kernel, grid,
         out, lse, q, k, v, mask, sinks, alibi, dropout_seed if dropout_threshold else None, cu_seqlens_q, cu_seqlens_k,
         cache_seqlens, block_table,
         kv_heads, group, queries, keys, None if dim == width else dim // unit,
-        None if value_dim == value_width else value_dim // unit, *(stride // unit for stride in strides),
+        value_columns, *(stride // unit for stride in strides),
         *lse_strides, *((None,) * 4 if mask is None else mask_strides), alibi_stride, block_table_stride, page_size,
-        limit(left), limit(right), dropout_threshold, dropout_scale(dropout_threshold), scale,
-        softcap if softcap > 0 else None,
-        configs=_configs(q.dtype != float32, max(width, value_width), options, left >= 0, rows),
-        shape_class=(q.dtype, max(width, value_width), options, left >= 0, right >= 0, min(rows, 128).bit_length()),
-        fp_fusion=q.dtype == float32,
-        BOTTOM_RIGHT=bottom_right and (left >= 0 or right >= 0), UNIT=unit, D=width, DV=value_width,
+        limit(left), limit(right), dropout_threshold, factor, scale, softcap if softcap > 0 else None, *pieces,
+        configs=configs,
+        shape_class=(q.dtype, widest, split, options, left >= 0, right >= 0, min(rows, 128).bit_length()),
+        fp_fusion=q.dtype == float32, BOTTOM_RIGHT=bottom_right, UNIT=unit, D=width, DV=value_width,
     )  # fmt: skip
+    if pieces.o is not None:
+        sum_pieces(
+            pieces, out, lse, sinks, cache_seqlens, batch, heads, kv_heads, queries, keys, value_columns,
+            [stride // unit for stride in out_strides], lse_strides, limit(left), limit(right), factor,
+            BOTTOM_RIGHT=bottom_right, UNIT=unit, DV=value_width,
+        )  # fmt: skip
 
 
 def _configs(half: bool, width: int, options: bool, window: bool, rows: int) -> Configs:

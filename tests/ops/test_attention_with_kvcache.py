@@ -227,6 +227,17 @@ def test_bits_do_not_depend_on_neighbours(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bits_do_not_depend_on_the_capacity(dtype, backend):
+    """Sequences of one piece: where all are, it is the result; where a longer one could be, it is a sum of one."""
+    heads, longer = (4, 2, 16, 16), 600
+    t = harness.cast(make(heads, 2), dtype)
+    large = {n: x if n == "query" else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, longer - 160)) for n, x in t.items()}
+    results = [runner("sinks" if backend != "cpu" else "causal", heads)(backend, **x) for x in (t, large)]
+    harness.assert_same_bits([[r] for r in results], "the capacity matters")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts(backend):
     """A (B, H, S, D) cache seen as (B, S, H, D), a slice of a longer one, and odd addresses."""
     lengths = LENGTHS[:2] if backend == "triton" else LENGTHS  # whose interpreters take a second a call
