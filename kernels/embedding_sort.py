@@ -84,7 +84,7 @@ def sort_by_key(keys: Tensor, order: Tensor, most: int) -> tuple[Tensor, Tensor]
     configs = one_config(TILE=TILE, num_warps=8)
     for shift in range(0, most.bit_length(), BITS):
         launch(embedding_histogram_kernel, (tiles,), histogram, keys, count, shift, configs=configs)
-        launch(embedding_places_kernel, (1,), places, histogram, tiles, configs=one_config(TILES=32, num_warps=8))
+        launch(embedding_places_kernel, (1,), places, histogram, tiles, configs=one_config(TILES=16, num_warps=8))
         launch(
             embedding_scatter_kernel, (tiles,), other_keys, other_order, keys, order, places, count, shift,
             configs=configs,
