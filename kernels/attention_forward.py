@@ -260,7 +260,7 @@ def _configs(half: bool, width: int, options: bool, window: bool, rows: int) -> 
         return [
             triton.Config(
                 {"ROWS": min(tile_rows, most), "KEYS": tile_keys},
-                num_warps=warps if min(tile_rows, most) > 32 else 4,
+                num_warps=warps if tile_rows <= most else 4,
                 num_stages=stages,
             )
             for tile_rows, tile_keys, warps, stages in _tiles(target, half, width, options, window)
@@ -276,7 +276,7 @@ def _tiles(target: GPUTarget, half: bool, width: int, options: bool, window: boo
     if target.backend == "hip":  # 64 KB
         return [(64, 64, 4, 1), (64, 32, 4, 1)] if size < 2 and half else [(32, 32, 4, 1)]
     if not half:
-        return [(64, 32, 8, 2), (32, 32, 4, 2)] if size == 0 else [(64, 32, 8, 2)] if size == 1 else [(32, 16, 8, 2)]
+        return [(64, 32, 8, 2), (32, 32, 4, 2)] if size == 0 else [(64, 32, 8, 2)] if size == 1 else [(32, 16, 4, 2)]
     if options:  # what they look up takes registers
         return [[(64, 64, 4, 2)], [(64, 32, 8, 2)], [(64, 16, 8, 2)]][size]
     if target.arch in (100, 103):
