@@ -151,7 +151,7 @@ def decode_configs(half: bool, width: int, rows: int) -> Configs:
     if half:
         most, keys, warps, stages = (64, 64, 4, 3) if width <= 128 else (16, 32, 4, 3)
     else:
-        most, keys, warps, stages = 16, 32 if width <= 128 else 16, 8, 2
+        most, keys, warps, stages = (16, 32, 4, 2) if width <= 128 else (16, 16, 8, 2)
     tile_rows = max(triton.next_power_of_2(min(rows, most)), MIN_TILE)
 
     def configs(target: GPUTarget) -> list[triton.Config]:
