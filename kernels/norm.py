@@ -20,9 +20,10 @@ from torch import Tensor
 from fastgpt.kernels.core import chunk_rows, write_column_sums
 from fastgpt.kernels.launch import launch, one_config
 
-HELD_FORWARD, HELD_BACKWARD = 16384, 16384  # the widest row that a program holds: in elements, in bytes of x
+HELD_FORWARD, HELD_BACKWARD = 16384, 16384  # the widest row that a program holds: in elements, in bytes
 BLOCK = 4096  # columns at a time of a wider one
-TILE = 2048  # elements that a program holds of narrow rows, 16 for each of 128 threads
+MOST_COLS = 2**31 - BLOCK  # columns are counted in 32 bits
+TILE_FORWARD, TILE_BACKWARD = 1024, 2048  # elements that a program holds of narrow rows: 8 for each of its threads
 
 
 # --- forward ---
@@ -122,22 +123,24 @@ def norm_forward(
     weight: Tensor | None, bias: Tensor | None, rows: int, cols: int, eps: float,
 ) -> None:  # fmt: skip
     wide = cols > HELD_FORWARD
-    tile = _tile(BLOCK if wide else cols)
+    tile = _tile(cols, wide, TILE_FORWARD)
     launch(
         norm_forward_wide_kernel if wide else norm_forward_kernel, (triton.cdiv(rows, tile["ROWS"]),), y, sum, mean,
-        rstd, x, residual, weight, bias, rows, cols, eps, configs=one_config(**tile, num_warps=_warps(tile, 16)),
+        rstd, x, residual, weight, bias, rows, cols, eps, configs=one_config(**tile, num_warps=_warps(tile)),
     )  # fmt: skip
 
 
-def _tile(cols: int) -> dict[str, int]:
+def _tile(cols: int, wide: bool, elements: int) -> dict[str, int]:
     """The rows and columns that a program holds."""
-    width = triton.next_power_of_2(cols)
-    return {"ROWS": max(TILE // width, 1), "COLS": width}
+    if cols > MOST_COLS:
+        raise ValueError(f"backend='triton' takes rows of at most {MOST_COLS} elements, not {cols}")
+    width = BLOCK if wide else triton.next_power_of_2(cols)
+    return {"ROWS": max(elements // width, 1), "COLS": width}
 
 
-def _warps(tile: dict[str, int], elements: int) -> int:
-    """For ``elements`` of the tile a thread; of the widest rows twice that."""
-    return min(tile["ROWS"] * tile["COLS"] // (32 * elements), 16)
+def _warps(tile: dict[str, int]) -> int:
+    """For 8 elements a thread; of the widest rows 16, forward 32."""
+    return min(tile["ROWS"] * tile["COLS"] // 256, 16)
 
 
 # --- backward ---
@@ -233,13 +236,13 @@ def norm_backward(
     dx: Tensor, dweight: Tensor | None, dbias: Tensor | None, dy: Tensor, dsum: Tensor | None, x: Tensor,
     weight: Tensor | None, mean: Tensor | None, rstd: Tensor, rows: int, cols: int,
 ) -> None:  # fmt: skip
-    wide = cols * x.element_size() > HELD_BACKWARD
-    tile = _tile(BLOCK if wide else cols)
+    wide = cols * max(t.element_size() for t in (x, weight) if t is not None) > HELD_BACKWARD
+    tile = _tile(cols, wide, TILE_BACKWARD)
     means = torch.empty((2, rows), dtype=torch.float32, device=x.device) if wide else None
     if wide:
         launch(
             norm_backward_means_kernel, (triton.cdiv(rows, tile["ROWS"]),), means, dy, x, weight, mean, rstd, rows,
-            cols, configs=one_config(**tile, num_warps=_warps(tile, 8)),
+            cols, configs=one_config(**tile, num_warps=_warps(tile)),
         )  # fmt: skip
     rows_of_chunk = chunk_rows(rows, tile["ROWS"])
     chunks = triton.cdiv(rows, rows_of_chunk)
@@ -248,7 +251,7 @@ def norm_backward(
     launch(
         norm_backward_kernel, (chunks, triton.cdiv(cols, tile["COLS"])), dx, partial, dy, dsum, x, weight, mean, rstd,
         means, rows, cols, rows_of_chunk, DWEIGHT=dweight is not None, DBIAS=dbias is not None,
-        configs=one_config(**tile, num_warps=_warps(tile, 8)),
+        configs=one_config(**tile, num_warps=_warps(tile)),
     )  # fmt: skip
     if sums:
         write_column_sums(partial, *sums)

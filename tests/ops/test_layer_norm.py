@@ -44,6 +44,12 @@ def test_optional_parts(parts, dtype, backend):
     harness.check(runner((33,)), make((70, 33), 1, residual, weight, bias), dtype, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parts", [(0, 0, 0), (0, 1, 0), (1, 0, 1)])
+def test_optional_parts_of_wide_rows(parts, backend):
+    harness.check(runner((16402,)), make((2, 16402), 1, *parts), torch.float32, backend)
+
+
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 def test_every_instruction_set(isa, dtype):
     for shape in [(5, 123), (66, 64), (2, 3)]:
@@ -60,7 +66,9 @@ def test_layouts(backend):
 # On a GPU a row is shared out by its width: part of a warp, one, several, with what registers hold and more.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(40, 2), (9, 31), (9, 32), (3, 255), (5, 1024), (2, 1032), (2, 4099), (2, 8200)])
+@pytest.mark.parametrize(
+    "shape", [(40, 2), (9, 31), (9, 32), (3, 255), (5, 1024), (2, 1032), (2, 4099), (2, 8200), (3, 16402)]
+)
 def test_widths(shape, dtype, backend):
     harness.check(runner(shape[-1:]), make(shape), dtype, backend)
 
@@ -78,7 +86,7 @@ def test_misaligned_views(moved, dtype, backend):
 
 # More rows than one chunk of the weights' gradients takes, and chunks than are added side by side.
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(601, 40), (8300, 6)])
+@pytest.mark.parametrize("shape", [(601, 40), (8300, 6), (1100, 130), (37, 4100)])
 def test_many_rows(shape, backend):
     harness.check(runner(shape[-1:]), make(shape), torch.float32, backend)
 
@@ -113,6 +121,18 @@ def test_large_mean_does_not_cancel(backend):
     with torch.no_grad():
         tensors["input"] += 4096.0
     harness.check(runner((512,)), tensors, torch.float32, backend)
+
+
+# Lanes beyond the row must not have (0 - mean) / sqrt(eps), which overflows.
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_constant_rows(backend):
+    x = torch.full((3, 5), 2.0**110, requires_grad=True)
+    upstream = torch.randn(3, 5)
+    y = ops.layer_norm(x, (5,), eps=1e-30, backend=backend)
+    assert torch.equal(y, torch.zeros(3, 5))
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    exact = (upstream.double() - upstream.double().mean(1, keepdim=True)) * 1e15
+    torch.testing.assert_close(dx.double(), exact, rtol=1e-5, atol=1e9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

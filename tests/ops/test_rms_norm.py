@@ -41,6 +41,12 @@ def test_optional_parts(parts, dtype, backend):
     harness.check(runner((33,)), make((70, 33), 1, *parts), dtype, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parts", [(0, 0), (0, 1), (1, 0)])
+def test_optional_parts_of_wide_rows(parts, backend):
+    harness.check(runner((16402,)), make((2, 16402), 1, *parts), torch.float32, backend)
+
+
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 def test_every_instruction_set(isa, dtype):
     for shape in [(5, 123), (66, 64), (2, 3)]:
@@ -57,7 +63,9 @@ def test_layouts(backend):
 # On a GPU a row is shared out by its width: part of a warp, one, several, with what registers hold and more.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(40, 2), (9, 31), (9, 32), (3, 255), (5, 1024), (2, 1032), (2, 4099), (2, 8200)])
+@pytest.mark.parametrize(
+    "shape", [(40, 2), (9, 31), (9, 32), (3, 255), (5, 1024), (2, 1032), (2, 4099), (2, 8200), (3, 16402)]
+)
 def test_widths(shape, dtype, backend):
     harness.check(runner(shape[-1:]), make(shape), dtype, backend)
 
@@ -75,7 +83,7 @@ def test_misaligned_views(moved, dtype, backend):
 
 # More rows than one chunk of the weights' gradients takes, and chunks than are added side by side.
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(601, 40), (8300, 3)])
+@pytest.mark.parametrize("shape", [(601, 40), (8300, 3), (1100, 130), (37, 4100)])
 def test_many_rows(shape, backend):
     harness.check(runner(shape[-1:]), make(shape), torch.float32, backend)
 
