@@ -30,7 +30,7 @@ test: $(READY) ## Run the tests (without those marked slow)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" --benchmark-disable
 
 test-triton: $(READY) ## Run the Triton kernels' tests in a sanitizer, bfloat16 among them (Linux)
-	OMP_WAIT_POLICY=passive FASTGPT_TRITON_RUNNER=sanitizer $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" -k triton --benchmark-disable tests/ops
+	OMP_WAIT_POLICY=passive FASTGPT_TRITON_RUNNER=sanitizer $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" -k triton --benchmark-disable tests/ops tests/test_triton_gpt.py
 
 test-slow: $(READY) ## Run the tests marked slow
 	$(BIN)/python -m pytest -q -m slow --benchmark-disable

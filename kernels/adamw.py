@@ -33,7 +33,11 @@ CONFIGS = one_config(CHUNK=CHUNK, BLOCK=4096, num_warps=16)  # a block at a time
 # --- kernels ---
 
 
-@triton.jit(do_not_specialize=["sizes", "first_chunks"], do_not_specialize_on_alignment=["grads"])
+# Triton compiles a kernel anew for each integer of a tuple that becomes 1 or a multiple of 16. So ``sizes`` and
+# ``first_chunks`` hold 2 n + 3 for a number n, which is neither.
+
+
+@triton.jit(do_not_specialize_on_alignment=["squares"])
 def grad_squares_kernel(
     squares, grads, sizes, first_chunks, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr
@@ -42,10 +46,11 @@ def grad_squares_kernel(
     chunk = tl.program_id(0)
     grad, size, first_chunk = grads[0], sizes[0], first_chunks[0]
     for i in tl.static_range(1, TENSORS):
-        here = chunk >= first_chunks[i]
+        here = 2 * chunk + 3 >= first_chunks[i]
         grad = tl.where(here, grads[i], grad)
         size = tl.where(here, sizes[i], size)
         first_chunk = tl.where(here, first_chunks[i], first_chunk)
+    size, first_chunk = (size >> 1) - 1, (first_chunk >> 1) - 1
     offset = (chunk - first_chunk).to(tl.int64) * CHUNK
     left = tl.minimum(size - offset, CHUNK).to(tl.int32)
     grad += offset
@@ -111,10 +116,7 @@ def _update(
     return raw.to(tl.float64)
 
 
-@triton.jit(
-    do_not_specialize=["sizes", "first_chunks"],
-    do_not_specialize_on_alignment=["parameters", "grads", "exp_avgs", "exp_avg_sqs", "masters"],
-)
+@triton.jit(do_not_specialize_on_alignment=["squares"])
 def adamw_kernel(
     squares, factor, parameters, grads, exp_avgs, exp_avg_sqs, masters, sizes, first_chunks, grad_factor,
     one_minus_beta1, beta2, one_minus_beta2, decay, step_size, inverse_root_correction, eps, ALIGNED: tl.constexpr,
@@ -130,7 +132,7 @@ def adamw_kernel(
         master = None if masters is None else masters[0]
         size, first_chunk = sizes[0], first_chunks[0]
         for i in tl.static_range(1, TENSORS):
-            here = chunk >= first_chunks[i]
+            here = 2 * chunk + 3 >= first_chunks[i]
             param = tl.where(here, parameters[i], param)
             grad = tl.where(here, grads[i], grad)
             exp_avg = tl.where(here, exp_avgs[i], exp_avg)
@@ -139,6 +141,7 @@ def adamw_kernel(
                 master = tl.where(here, masters[i], master)
             size = tl.where(here, sizes[i], size)
             first_chunk = tl.where(here, first_chunks[i], first_chunk)
+        size, first_chunk = (size >> 1) - 1, (first_chunk >> 1) - 1
         offset = (chunk - first_chunk).to(tl.int64) * CHUNK
         left = tl.minimum(size - offset, CHUNK).to(tl.int32)
         param, grad, exp_avg, exp_avg_sq = param + offset, grad + offset, exp_avg + offset, exp_avg_sq + offset
@@ -201,8 +204,8 @@ def _groups(sizes: Sequence[int], *lists: Sequence[Tensor]) -> Iterator[_Group]:
             padding = TENSORS - len(members)
             yield _Group(
                 members=(*members, *members[:1] * padding),
-                sizes=(*(sizes[i] for i in members), *[0] * padding),
-                first_chunks=(0, *ends[:-1], *ends[-1:] * padding),
+                sizes=tuple(2 * n + 3 for n in (*(sizes[i] for i in members), *[0] * padding)),
+                first_chunks=tuple(2 * n + 3 for n in (0, *ends[:-1], *ends[-1:] * padding)),
                 chunks=ends[-1],
                 aligned=bool(aligned),
             )

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
+from tests.conftest import TRITON_RUNNER
 from tests.ops import harness
 from tests.ops.harness import ops
 
@@ -129,6 +130,20 @@ def test_many_small_tensors(options, backend):
     grads = gradients(shapes, 1)[0]
     exact = torch.cat([g.double() for g in grads]).norm()
     torch.testing.assert_close(ops.grad_norm(grads, backend=backend).double(), exact, rtol=1e-7, atol=0)
+
+
+@pytest.mark.skipif(TRITON_RUNNER == "interpreter", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_one_compilation_serves_every_list(backend):
+    """Triton specialises on integers that are 1 or multiples of 16: of a tuple too, whatever it is told."""
+    from fastgpt.kernels import compile, launch
+
+    with launch.recording() as launches:
+        for sizes in ([768] * 20, [1, 16 * 8192], [33, 5]):
+            State([(n,) for n in sizes]).step(gradients([(n,) for n in sizes], 1)[0], step=1, backend=backend)
+    target = compile.target_of("sm_80")
+    keys = {v.key for r in launches if r.kernel.__name__ == "adamw_kernel" for v in compile.variants(r, target)}
+    assert len(keys) == 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", *harness.asynchronous_backends("adamw")])
