@@ -165,7 +165,7 @@ __device__ inline bool adjust(const Sample& p, int64_t index, float* x, uint32_t
 
 __device__ inline void write(const Sample& p, int64_t index, int64_t token, float value, float best, double temperature,
                              uint64_t total) {
-  const double distance = static_cast<double>(value - best) / temperature;
+  const double distance = static_cast<double>(value - best + 0.0f) / temperature;  // -0 - 0 counts as 0
   p.token[index] = token;
   p.log_prob[index] = static_cast<float>(distance - (log(static_cast<double>(total)) - kWeightBits * kLn2));
 }

@@ -15,9 +15,10 @@ constexpr float kInfinity = __builtin_inff();
 constexpr int kBins = 256;
 constexpr int kBinsPerLane = kBins / kWarp;
 
-// An unsigned integer that orders as the float does (-0 just below +0), and back.
+// An unsigned integer that orders as the float does, and back. -0 counts as +0: what is at least +0 as a float must be
+// so as a key, or a selection would look for elements that its range leaves out.
 __device__ inline uint32_t ordered_bits(float x) {
-  const uint32_t u = __float_as_uint(x);
+  const uint32_t u = __float_as_uint(x + 0.0f);
   return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
 }
 __device__ inline float from_ordered_bits(uint32_t key) {
