@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -95,6 +96,12 @@ def test_faults_are_found(planted):
     broken = "broken_kernel<not a power of two, SIZE=100 warps=4 stages=2>"
     assert any(v.startswith(f"{broken} on sm_80: does not compile: CompilationError") for v in found)
     assert any(v.startswith(f"{broken}: does not compile for gfx942: CompilationError") for v in found)
+
+
+def test_a_compiler_that_aborts_takes_nobody_along():
+    assert triton_build._tried_aside(os.abort) == signal.SIGABRT
+    assert triton_build._tried_aside(lambda: None) == 0
+    assert triton_build._tried_aside(lambda: 1 / 0) == 0  # raised again where it can be reported
 
 
 def test_the_budget_of_this_checkout_is_sound():

@@ -11,10 +11,9 @@ which is the kernel, the case of the catalogue that first needed it, and the con
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -69,6 +68,9 @@ _refused: list[Compiled] = []  # cases that their operator refused
 def _start(operators: Sequence[str], architectures: Sequence[str]) -> None:
     """Records the catalogue, and lists what is to be compiled: the same list in every worker."""
     torch.set_num_threads(1)
+    silence = os.open(os.devnull, os.O_WRONLY)  # Triton prints pages where a compilation fails; errors come as such
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     from fastgpt.kernels.launch import recording
 
     recorded = []
@@ -139,8 +141,9 @@ def _compile(index: int, cache: Path) -> Compiled:
     name = f"sm_{variant.target.arch}" if nvidia else variant.target.arch
     result = Compiled(job.name, variant.file, name, variant.default)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints pages where ptxas fails
-            built = compiled(variant)
+        if signal := _tried_aside(lambda: compiled(variant)):
+            return replace(result, failed=f"the compiler itself ended with signal {signal}")
+        built = compiled(variant)  # from Triton's cache
     except Exception as error:  # whatever Triton raises: the report says it
         return replace(result, failed=" ".join(f"{type(error).__name__}: {error}".split())[:400])
     if not nvidia:
@@ -156,6 +159,21 @@ def _compile(index: int, cache: Path) -> Compiled:
         runs_also_on=job.runs_also_on,
     )
     return replace(result, kernel=kernel, cubin=cubin)
+
+
+def _tried_aside(attempt: Callable[[], Any]) -> int:
+    """The signal that ends ``attempt`` in a child process, or 0: a failed assertion in LLVM ends the whole process, and
+    a failed pass prints pages."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    with contextlib.suppress(BaseException):  # the parent meets it again
+        attempt()
+    os._exit(0)
 
 
 def amd_figures(assembly: str, shared: int) -> dict[str, int]:
