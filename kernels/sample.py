@@ -7,7 +7,7 @@ no order; every choice is a comparison of integers or of logits.
 A program has ROWS rows: one, or several where the vocabulary fits into a tile of COLS. It streams its row a few times,
 the first time from memory, then from L2:
 
-    always      the largest logit, NaN and +inf; penalties, bias and 16-bit logits make a float32 row in a workspace
+    always      the largest logit, NaN and +inf; the row goes to a workspace, as float32, after penalties and bias
     top-k       every lane's own maximum is a group's: the k-th largest of these bounds the k-th largest logit from
                 below, tightly; what reaches it, little more than k elements, goes to a list; the rest happens there
     min-p       where it comes alone, what can reach it goes to the list
@@ -93,6 +93,12 @@ def _load(base, start, count, COLS: tl.constexpr):
     return tl.load(base + at, mask=inside, other=float("-inf")).to(tl.float32), inside
 
 
+@triton.jit
+def _at(base, offset):
+    """The row or a list of its, by its offset: a number is what a loop carries, since AMD's compiler takes no pointer."""
+    return base + tl.multiple_of(offset, 16)
+
+
 # --- selection ---
 
 
@@ -169,11 +175,11 @@ def _collect(base, count, low, high, values, tokens, capacity, COLS: tl.constexp
         key = _ordered_bits(x)
         wanted = inside & (key >= low[:, None]) & (key <= high[:, None])
         one = wanted.to(tl.int32)
-        place = kept + tl.cumsum(one, axis=1) - one
-        tl.store(values + place, x, mask=wanted & (place < capacity))
+        place = tl.where(wanted, kept + tl.cumsum(one, axis=1) - one, capacity)
+        tl.store(values + place, x, mask=place < capacity)
         if tokens is not None:
             at = start + tl.arange(0, COLS)[None, :]
-            tl.store(tokens + place, at, mask=wanted & (place < capacity))
+            tl.store(tokens + place, at, mask=place < capacity)
         kept += tl.sum(tl.sum(one, axis=1), axis=0)
     tl.debug_barrier()
     return kept
@@ -181,16 +187,16 @@ def _collect(base, count, low, high, values, tokens, capacity, COLS: tl.constexp
 
 @triton.jit
 def _select(
-    base, count, low, high, thresholds, needed, top_p, best, scale, spare, capacity,
+    base, offset, count, low, high, thresholds, needed, top_p, best, scale, spare, capacity,
     WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The largest key in low .. high such that there are at least ``needed`` elements from it to ``high``; or, if
     WEIGHTED, such that they weigh at least the share ``top_p`` of those from ``low`` on. ``thresholds`` (ROWS, 4),
-    from ``low`` on, are the first to try. Where a row has several tiles, what lies in low .. high moves to ``spare``
-    as soon as it fits."""
+    from ``low`` on, are the first to try. Where a row has several tiles, what lies in low .. high moves from
+    ``offset`` to ``spare`` as soon as it fits."""
     first = WEIGHTED
     while tl.max((low < high).to(tl.int32), axis=0) > 0:
-        sums = _sums(base, count, thresholds, high, best, scale, WEIGHTED, ROWS, COLS)
+        sums = _sums(_at(base, offset), count, thresholds, high, best, scale, WEIGHTED, ROWS, COLS)
         if WEIGHTED and first:
             total = _item(sums, tl.zeros_like(low).to(tl.int32))
             share = tl.ceil(top_p * total.to(tl.float64))
@@ -198,11 +204,11 @@ def _select(
             first = False
         low, high, needed = _choose(thresholds, sums, high, needed)
         if TILES > 1 and count > COLS:
-            kept = _collect(base, count, low, high, spare, None, capacity, COLS)
+            kept = _collect(_at(base, offset), count, low, high, _at(base, spare), None, capacity, COLS)
             if kept <= capacity:
-                base = spare
+                offset = spare
                 count = kept
-        low, high = _range(base, count, low, high, ROWS, COLS)
+        low, high = _range(_at(base, offset), count, low, high, ROWS, COLS)
         thresholds = _between(low, high)
     return low
 
@@ -342,9 +348,9 @@ def _draw(
     ]
 )  # fmt: skip
 def sample_kernel(
-    token, log_prob, logits, reals, integers, row_keys, previous, bias, workspace, first, spare_values, list_values,
-    list_tokens, rows, vocab, previous_count: tl.int64, logits_stride: tl.int64, bias_stride: tl.int64,
-    workspace_stride: tl.int64, temperature_bits: tl.int64, top_p_bits: tl.int64, min_p_bits: tl.int64,
+    token, log_prob, logits, reals, integers, row_keys, previous, bias, workspace, first, list_tokens, rows,
+    vocab, previous_count: tl.int64, logits_stride: tl.int64, bias_stride: tl.int64, workspace_stride: tl.int64,
+    temperature_bits: tl.int64, top_p_bits: tl.int64, min_p_bits: tl.int64,
     repetition_bits: tl.int64, presence_bits: tl.int64, frequency_bits: tl.int64, all_top_k: tl.int64,
     all_seed: tl.int64, all_position: tl.int64, all_row: tl.int64,
     ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr, CAPACITY: tl.constexpr,
@@ -402,41 +408,43 @@ def sample_kernel(
     valid = valid & ~bad & (best > float("-inf"))
     highest = _ordered_bits(best)
 
-    # top-k, and min-p where it comes alone.
+    # top-k, and min-p where it comes alone. Of several tiles, the lists stand behind the row in the workspace.
     count = vocab
     lowest = tl.full((ROWS,), _LEAST_KEY, tl.uint32)
     listed = False
-    spare = base
+    offset = tl.zeros((), tl.int32)
+    spare = tl.zeros((), tl.int32)
     SELECT_COLS: tl.constexpr = COLS if TILES == 1 else _LIST_COLS
     filters_k = tl.min(top_k, axis=0) < vocab
     top_k = top_k.to(tl.int32)
     if TILES > 1:  # and so ROWS == 1
-        list_at = (index * CAPACITY)[:, None]
-        spare = spare_values + list_at
+        list_offset = (workspace_stride - CAPACITY).to(tl.int32)
+        spare = list_offset - CAPACITY
+        tokens = list_tokens + (index * CAPACITY)[:, None]
         bound = tl.full((ROWS,), _LEAST_KEY, tl.uint32)
         if filters_k:
             if tl.max(top_k, axis=0) <= COLS:
-                tl.store(spare + tl.arange(0, COLS)[None, :], maxima)
+                tl.store(_at(base, spare) + tl.arange(0, COLS)[None, :], maxima)
                 tl.debug_barrier()
                 floor = _ordered_bits(tl.min(maxima, axis=1))
                 bound = _select(
-                    spare, tl.minimum(vocab, COLS), floor, highest, _between(floor, highest), top_k, top_p, best, scale,
-                    spare, CAPACITY, False, ROWS, SELECT_COLS, TILES,
+                    base, spare, tl.minimum(vocab, COLS), floor, highest, _between(floor, highest), top_k, top_p, best,
+                    scale, spare, CAPACITY, False, ROWS, SELECT_COLS, TILES,
                 )  # fmt: skip
         elif (tl.min(top_p, axis=0) == 1) & (tl.max(lowest_weight, axis=0) > 0):  # a weight's error is far below 1e-4
             logit = best + temperature * (tl.log(lowest_weight.to(tl.float64)) - 1e-4) - 1e-6 * tl.abs(best)
             bound = _ordered_bits(logit.to(tl.float32))
         if tl.max(bound, axis=0) > _LEAST_KEY:
-            kept = _collect(base, vocab, bound, highest, list_values + list_at, list_tokens + list_at, CAPACITY, COLS)
+            kept = _collect(base, vocab, bound, highest, _at(base, list_offset), tokens, CAPACITY, COLS)
             if kept <= CAPACITY:
-                base = list_values + list_at
+                offset = list_offset
                 count = kept
                 listed = True
                 lowest = bound
     if filters_k:
         lowest = _select(
-            base, count, lowest, highest, _between(lowest, highest), top_k, top_p, best, scale, spare, CAPACITY, False,
-            ROWS, SELECT_COLS, TILES,
+            base, offset, count, lowest, highest, _between(lowest, highest), top_k, top_p, best, scale, spare, CAPACITY,
+            False, ROWS, SELECT_COLS, TILES,
         )  # fmt: skip
 
     # top-p. Its first thresholds are dense where the probability is.
@@ -447,11 +455,12 @@ def sample_kernel(
         thresholds = _ordered_bits(best[:, None] + distance[:, None] * (part * part * part))
         thresholds = tl.where(number == 0, lowest[:, None], tl.maximum(thresholds, lowest[:, None]))
         lowest = _select(
-            base, count, lowest, highest, thresholds, tl.zeros((ROWS,), tl.int64), top_p, best, scale, spare, CAPACITY,
-            True, ROWS, SELECT_COLS, TILES,
+            base, offset, count, lowest, highest, thresholds, tl.zeros((ROWS,), tl.int64), top_p, best, scale, spare,
+            CAPACITY, True, ROWS, SELECT_COLS, TILES,
         )  # fmt: skip
 
     # The draw.
+    base = _at(base, offset)
     random = core.uniform_bits(seed, row_key, position)
     place, total = _draw(base, count, random, best, scale, _from_ordered_bits(lowest), lowest_weight, ROWS, COLS, TILES)
     if tl.max(greedy.to(tl.int32), axis=0) > 0:
@@ -460,7 +469,7 @@ def sample_kernel(
     value = tl.load(base + place)
     drawn = place
     if TILES > 1 and listed:
-        drawn = tl.load(list_tokens + list_at + place)
+        drawn = tl.load(tokens + place)
     share = (value - best[:, None]).to(tl.float64) / temperature[:, None]
     share -= tl.log(tl.maximum(total, 1).to(tl.float64)[:, None]) - _LOG_UNIT
     # Nobody on the host knows in time to raise an error.
@@ -487,20 +496,20 @@ def sample(
         cols, tile_rows = _ROW_TILE, 1
         tiles = triton.next_power_of_2(max(triton.cdiv(vocab, cols), 2))
     capacity = max(triton.next_power_of_2(vocab) // _LARGEST_LIST, _ROW_TILE)
-    stride = triton.cdiv(vocab, 16) * 16
+    stride = triton.cdiv(vocab, 16) * 16 + (2 * capacity if tiles > 1 else 0)  # a row and its lists
 
     def scratch(count: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(rows * count, dtype=of, device=logits.device)
 
     if not previous_count:
         previous = None
-    workspace = scratch(stride) if previous is not None or logit_bias is not None or dtype else None
+    workspace = scratch(stride) if previous is not None or logit_bias is not None or dtype or tiles > 1 else None
     first = None if previous is None else scratch(previous_count, torch.int32)
-    lists = (None,) * 3 if tiles == 1 else (scratch(capacity), scratch(capacity), scratch(capacity, torch.int32))
+    list_tokens = scratch(capacity, torch.int32) if tiles > 1 else None
     bits = [struct.unpack("<q", struct.pack("<d", value))[0] for value in all_reals]
     launch(
         sample_kernel, (triton.cdiv(rows, tile_rows),), token, log_prob, logits, reals, integers, row, previous,
-        logit_bias, workspace, first, *lists, rows, vocab, previous_count, logits_stride, bias_stride, stride, *bits,
-        *all_integers, all_row, configs=one_config(num_warps=16, num_stages=1), fp_fusion=False, ROWS=tile_rows,
+        logit_bias, workspace, first, list_tokens, rows, vocab, previous_count, logits_stride, bias_stride, stride,
+        *bits, *all_integers, all_row, configs=one_config(num_warps=16, num_stages=1), fp_fusion=False, ROWS=tile_rows,
         COLS=cols, TILES=tiles, CAPACITY=capacity,
     )  # fmt: skip
