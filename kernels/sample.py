@@ -95,7 +95,7 @@ def _load(base, start, count, COLS: tl.constexpr):
 
 @triton.jit
 def _at(base, offset):
-    """The row or a list of its, by its offset: a number is what a loop carries, since AMD's compiler takes no pointer."""
+    """The row or a list of its, by its offset: what a loop carries is a number; AMD's compiler takes no pointer."""
     return base + tl.multiple_of(offset, 16)
 
 
