@@ -26,11 +26,12 @@ demo: $(READY) ## Train a GPT on English text with the fused kernels, then let i
 	@$(BIN)/fastgpt demo
 
 # Passive: threads that wait must not take the core from the test process beside them.
-test: $(READY) ## Run the tests (without those marked slow)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" --benchmark-disable
+test: $(READY) ## Run the tests (without those marked slow or triton)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not triton" --benchmark-disable
 
-test-triton: $(READY) ## Run the Triton kernels' tests in a sanitizer, bfloat16 among them (Linux)
-	OMP_WAIT_POLICY=passive FASTGPT_TRITON_RUNNER=sanitizer $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" -k triton --benchmark-disable tests/ops tests/test_triton_gpt.py
+test-triton: $(READY) ## Run the Triton kernels' tests in Triton's interpreter, then in a sanitizer, bfloat16 among them (Linux)
+	OMP_WAIT_POLICY=passive FASTGPT_TRITON_RUNNER=interpreter $(BIN)/python -m pytest -q -n $(JOBS) -m "triton and not slow" --benchmark-disable
+	OMP_WAIT_POLICY=passive FASTGPT_TRITON_RUNNER=sanitizer $(BIN)/python -m pytest -q -n $(JOBS) -m "triton and not slow" --benchmark-disable
 
 test-slow: $(READY) ## Run the tests marked slow
 	$(BIN)/python -m pytest -q -m slow --benchmark-disable

@@ -209,7 +209,8 @@ def embedding_backward(
                 embedding_pieces_kernel, grid, pieces, dy, keys, order, first, count, rows, width, dy_stride,
                 configs=one_config(TOKENS=16, COLS=min(triton.next_power_of_2(width), WIDEST)),
             )  # fmt: skip
-        grid, configs = _tiles(rows, width, "ROWS")
+        # float32 has four rows of dy in twice the registers.
+        grid, configs = _tiles(rows, width, "ROWS", num_warps=8 if dy.dtype == torch.float32 else 4)
         launch(
             embedding_rows_kernel, grid, out, dy if pieces is None else pieces, dy, order, first, rows, width,
             dy_stride, configs=configs, MEAN=mean,
@@ -221,11 +222,11 @@ def embedding_backward(
         sum_by_key(dposition_weight, positions, True, False)
 
 
-def _tiles(rows: int, width: int, name: str) -> tuple[Any, Any]:
+def _tiles(rows: int, width: int, name: str, num_warps: int = 4) -> tuple[Any, Any]:
     """(grid, configs) for tiles of rows x columns, of which the configuration calls the rows ``name``."""
     cols = min(triton.next_power_of_2(width), WIDEST)
     tile = {name: TILE // cols, "COLS": cols}
-    return (triton.cdiv(rows, tile[name]), triton.cdiv(width, cols)), one_config(**tile)
+    return (triton.cdiv(rows, tile[name]), triton.cdiv(width, cols)), one_config(**tile, num_warps=num_warps)
 
 
 def _check(what: str, count: int) -> None:

@@ -1,6 +1,3 @@
-import contextlib
-import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -13,13 +10,10 @@ import hypothesis
 import pytest
 import torch
 
-# What runs Triton kernels where there is no GPU: "interpreter" is Triton's own, which reads its switch when a kernel is
-# defined; "sanitizer" runs Triton's intermediate code and looks for races and stray accesses.
-TRITON_RUNNER = "GPU" if torch.cuda.is_available() else os.environ.get("FASTGPT_TRITON_RUNNER", "interpreter")
-if TRITON_RUNNER == "interpreter":
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests import triton_runner  # before fastgpt and Triton: it sets their switch
 
-from fastgpt.ops import native  # noqa: E402
+# isort: split
+from fastgpt.ops import native
 
 hypothesis.settings.register_profile("fastgpt", deadline=None)  # tests do not time
 hypothesis.settings.load_profile("fastgpt")
@@ -37,127 +31,25 @@ def pytest_runtest_setup(item):
             pytest.skip("CUDA is not in this build")
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU")
-    if _is_skipped_bfloat16(item):
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly; the sanitizer runs it")
+    if why := triton_runner.why_skipped(item):
+        pytest.skip(why)
 
 
 # --- Triton kernels without a GPU ---
 
 
-def quicken_interpreter():
-    """Triton's interpreter patches its language again for every call of a device function, which takes a millisecond,
-    more than the function itself. Once per launch and module is enough."""
-    from triton.runtime import interpreter
-
-    patch, execute, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def patch_once(function):
-        module = id(function.__globals__)
-        if module not in patched:
-            patched.add(module)
-            return patch(function)
-
-    def execute_afresh(self, *args, **kwargs):
-        patched.clear()
-        execute(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_afresh
-
-
-if TRITON_RUNNER == "interpreter" and not native.NO_TRITON:
-    quicken_interpreter()
-
-
-def _uses_triton(item):
-    return "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
-
-
-@functools.cache
-def remember_compiled_kernels():
-    """ttsem compiles a kernel down to machine code and parses it at each launch, which takes longer than running it:
-    no further than the stage that is run, and once for each specialisation, is enough."""
-    from ttsem import harness, mlir
-
-    texts = {}
-    mlir.enable_generic_printing()
-
-    def ir_of_specialisation(record, stage, target):
-        options, *specialisation = harness._specialize(record.fn, record.args, record.kwargs, target)
-        key = (record.fn, stage, str(target), str(options), str(specialisation))
-        if key not in texts:
-            texts[key] = mlir.to_generic(harness._stage_text(record, stage, target), None)
-        return texts[key]
-
-    harness.ir_for_launch = ir_of_specialisation
-    mlir.parse = functools.cache(mlir.parse)  # nothing changes a parsed module
-
-
-def _is_skipped_bfloat16(item):
-    return TRITON_RUNNER == "interpreter" and _uses_triton(item) and torch.bfloat16 in item.callspec.params.values()
-
-
-def _in_few(items):
-    """As few of ``items``, tests by parameters, as hold every value that a parameter has in them."""
-    values = {item: {(name, repr(value)) for name, value in item.callspec.params.items()} for item in items}
-    missing, chosen = set().union(*values.values()), []
-    while missing:
-        chosen.append(max(items, key=lambda item: len(values[item] & missing)))
-        missing -= values[chosen[-1]]
-    return chosen
-
-
 def pytest_collection_modifyitems(config, items):
-    """A call on Triton's runners takes seconds: see the mark few_interpreted."""
-    groups, left_out = {}, set()
     for item in items:
-        if TRITON_RUNNER != "GPU" and item.get_closest_marker("few_interpreted") and _uses_triton(item):
-            groups.setdefault((item.path, item.originalname), []).append(item)
-    for group in groups.values():
-        left_out |= set(group) - set(_in_few([item for item in group if not _is_skipped_bfloat16(item)]))
-    if left_out:
+        if triton_runner.RUNNER != "GPU" and triton_runner.uses_triton(item):
+            item.add_marker("triton")
+    if left_out := triton_runner.left_out(items):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
 
-@contextlib.contextmanager
-def sanitized_triton():
-    """Triton kernels on CPU tensors by ttsem, which raises on a race, a stray access or an undefined result."""
-    from triton.runtime import driver
-    from ttsem import _fakedriver, sanitize
-
-    remember_compiled_kernels()
-    before = driver._active
-    with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu():
-        _fakedriver.unstub_torch_cuda()
-        yield
-    driver._active = before
-
-
-def _patch_language_once():
-    """Triton's interpreter replaces the functions of triton.language when a kernel starts, and again in every call of a
-    device function, which takes longer than most of them do. Once is enough."""
-    from triton.runtime import interpreter
-
-    language, patch = interpreter.tl, interpreter._patch_lang
-
-    def patch_once(function):
-        modules = [m for m in function.__globals__.values() if m is language or m is language.core]
-        if modules and not any(language.core.is_builtin(m.arange) for m in modules):
-            return interpreter._LangPatchScope()
-        return patch(function)
-
-    interpreter._patch_lang = patch_once
-
-
-if TRITON_RUNNER == "interpreter" and importlib.util.find_spec("triton"):
-    _patch_language_once()
-
-
 @pytest.fixture(autouse=True)
-def triton_runner(request):
-    with (
-        sanitized_triton() if TRITON_RUNNER == "sanitizer" and _uses_triton(request.node) else contextlib.nullcontext()
-    ):
+def on_triton_runner(request):
+    with triton_runner.running(request.node):
         yield
 
 

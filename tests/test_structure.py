@@ -68,6 +68,7 @@ SLICES = (
     "fastgpt/ops/{}.py",
     "csrc/cpu/{}.cpp",
     "csrc/cuda/{}.cu",
+    "kernels/{}.py",
     "tests/ops/test_{}.py",
     "docs/ops/{}.md",
     "benchmarks/{}.py",
@@ -81,6 +82,9 @@ WITHOUT = {
     "csrc/cuda/attention_varlen.cu": "attention's kernels",
     "csrc/cuda/attention_with_kvcache.cu": "attention's kernels",
     "csrc/cuda/linear_cross_entropy.cu": "cross_entropy's kernel on chunks of logits; the GEMMs are torch's",
+    "kernels/attention_varlen.py": "attention's kernels",
+    "kernels/attention_with_kvcache.py": "attention's kernels",
+    "kernels/linear_cross_entropy.py": "cross_entropy's kernel on chunks of logits; the GEMMs are torch's",
     "docs/ops/attention_varlen.md": "on attention's page",
     "docs/ops/attention_with_kvcache.md": "on attention's page",
 }

@@ -19,7 +19,8 @@ from torch import Tensor
 import fastgpt
 from fastgpt.ops import native
 from fastgpt.ops.accuracy import error_and_budget
-from tests.conftest import SCHEDULES, TRITON_RUNNER
+from tests import triton_runner
+from tests.conftest import SCHEDULES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Function = Callable[..., Any]  # run(backend, **tensors) -> Tensor or tuple of Tensors
@@ -33,13 +34,18 @@ def backends(op: str) -> list[Any]:
 
 def backends_without_interpreters(op: str) -> list[Any]:
     """The same for tests of many calls: without a GPU, a call of Triton takes a second."""
-    return [b for b in backends(op) if b != "triton" or TRITON_RUNNER == "GPU"]
+    return [b for b in backends(op) if b != "triton" or triton_runner.RUNNER == "GPU"]
 
 
 def backends_here(op: str) -> list[str]:
     """The names of those that run on this machine, for tests that compare them with each other."""
     here = ["reference", *(b for b in ("cpu", "cuda", "simt") if native.has_kernel(b, op))]
     return [b for b in here if b != "cuda" or torch.cuda.is_available()]
+
+
+def takes_seconds(backend: str) -> bool:
+    """Whether a call takes seconds, as on Triton's runners without a GPU."""
+    return backend == "triton" and triton_runner.RUNNER != "GPU"
 
 
 # --- devices ---

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt
-from tests.conftest import TRITON_RUNNER
+from tests import triton_runner
 from tests.ops import harness
 from tests.ops.harness import ops
 
@@ -132,7 +132,7 @@ def test_many_small_tensors(options, backend):
     torch.testing.assert_close(ops.grad_norm(grads, backend=backend).double(), exact, rtol=1e-7, atol=0)
 
 
-@pytest.mark.skipif(TRITON_RUNNER == "interpreter", reason="the interpreter compiles nothing")
+@pytest.mark.skipif(triton_runner.RUNNER == "interpreter", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
 def test_one_compilation_serves_every_list(backend):
     """Triton specialises on integers that are 1 or multiples of 16: of a tuple too, whatever it is told."""

@@ -10,6 +10,8 @@ import fastgpt
 from tests.ops import harness
 from tests.ops.harness import ops
 
+pytestmark = pytest.mark.few_interpreted
+
 BACKENDS = harness.backends("attention")
 # (B, Hq, H, L, S, E, Ev)
 SHAPES = [

@@ -12,6 +12,8 @@ from fastgpt.ops import philox
 from tests.ops import harness
 from tests.ops.harness import ops
 
+pytestmark = pytest.mark.few_interpreted
+
 BACKENDS = [backend for backend in harness.backends("attention") if backend != "cpu"]
 MANY_CALLS = [backend for backend in harness.backends_without_interpreters("attention") if backend != "cpu"]
 TRITON = [backend for backend in BACKENDS if backend == "triton"]
@@ -100,7 +102,6 @@ def pairs(options, backends, for_cpu):
                 yield pytest.param(option, *values, marks=marks)
 
 
-@pytest.mark.few_interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,7 +111,6 @@ def test_values_and_gradients(option, shape, dtype, backend):
     harness.check(run, tensors, dtype, backend, gradients=shape[3] > 1)  # one query: decoding
 
 
-@pytest.mark.few_interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("shape", MANY_HEADS)

@@ -10,6 +10,8 @@ from tests.ops import harness
 from tests.ops.harness import ops
 from tests.ops.test_attention_options import pairs, slopes
 
+pytestmark = pytest.mark.few_interpreted
+
 BACKENDS = harness.backends("attention_with_kvcache")
 # (Hq, H, E, Ev)
 HEADS = [(6, 2, 64, 64), (4, 4, 16, 16), (4, 1, 80, 80), (4, 1, 128, 128), (2, 2, 256, 256), (8, 2, 32, 48)]
@@ -78,7 +80,6 @@ def runner(option, heads, lengths=LENGTHS, **more):
     return run
 
 
-@pytest.mark.few_interpreted
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("length", [1, 3, 17])
 @pytest.mark.parametrize(("option", "backend"), CASES)
@@ -87,7 +88,6 @@ def test_values(option, backend, length, dtype):
         harness.check(runner(option, heads), make(heads, length), dtype, backend, gradients=False)
 
 
-@pytest.mark.few_interpreted
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("heads", HEADS[2:])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -97,7 +97,6 @@ def test_head_dims(backend, heads, dtype):
             harness.check(runner(option, heads), make(heads, length), dtype, backend, gradients=False)
 
 
-@pytest.mark.few_interpreted
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 200])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +120,6 @@ def test_pieces_of_unequal_weight(backend, num_splits, dtype):
     harness.check(runner("causal", (2, 2, 16, 16), (keys,), num_splits=num_splits), t, dtype, backend, gradients=False)
 
 
-@pytest.mark.few_interpreted
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64, 256])
 @pytest.mark.parametrize(("option", "backend"), CASES)
 def test_pages_are_a_cache(option, backend, page_size):
@@ -184,7 +182,6 @@ def test_queries_that_see_no_key_are_zero(dtype, backend):
     assert out[0].any(-1).all()
 
 
-@pytest.mark.few_interpreted
 @pytest.mark.parametrize(("option", "backend"), CASES)
 def test_is_attention_of_each_sequence(option, backend):
     heads = (4, 2, 16, 16)
