@@ -375,8 +375,9 @@ def attention_backward(
     shares = None if sinks is None else delta.new_empty(batch, heads, blocks)
     launch(
         attention_delta_kernel, (blocks * heads * batch,), delta, shares, dout, out, lse, sinks, cu_seqlens_q, heads,
-        queries, blocks, in_units[1], dos, os, lse_strides, configs=one_config(num_stages=1), UNIT=unit,
-        WIDTH=value_width, STRETCH=stretch, ROWS=_DELTA_ROWS,
+        queries, blocks, in_units[1], dos, os, lse_strides,
+        configs=one_config(num_warps=4 if stretch is None else 8, num_stages=1), UNIT=unit, WIDTH=value_width,
+        STRETCH=stretch, ROWS=_DELTA_ROWS,
     )  # fmt: skip
     if shares is not None:
         torch.neg(shares.sum((0, 2)), out=dsinks)
@@ -402,31 +403,36 @@ def attention_backward(
         launch(
             kernel, lambda constants: (triton.cdiv(rows, constants["OWN"]) * row_heads * batch,), *results, *tensors,
             *sizes, *result_strides, *options, shape_class=shape_class,
-            configs=_configs(len(results) == 2, q.dtype, max(width, value_width), not plain), **constants,
+            configs=_configs(len(results) == 2, q.dtype, max(width, value_width), not plain, cu_seqlens_q is not None),
+            **constants,
         )  # fmt: skip
 
     gradients(attention_backward_keys_kernel, keys, kv_heads, (dk, dv), (dks, dvs))
     gradients(attention_backward_queries_kernel, queries, heads, (dq,), (dqs,))
 
 
-def _configs(own_keys: bool, dtype: torch.dtype, width: int, options: bool) -> Configs:
+def _configs(own_keys: bool, dtype: torch.dtype, width: int, options: bool, packed: bool) -> Configs:
     """Own rows, rows of a tile of the stream, warps and stages, for head dims padded to ``width``. Registers decide:
-    two sums, each of own rows x width, stay in them where keys are owned; what options look up takes some as well."""
+    two sums, each of own rows x width, stay in them where keys are owned; what options and packed sequences look up
+    takes some as well."""
     size = 0 if width <= 64 else 1 if width == 128 else 2
 
-    def tiles(target: GPUTarget) -> list[tuple[int, int, int, int]]:
+    def tiles(target: GPUTarget) -> tuple[int, int, int, int]:
+        if target.backend == "hip":  # 64 KB of shared memory
+            return (32 if size < 2 else 16, 16, 4, 1) if own_keys else (64 if size < 2 else 32, 16, 4, 1)
         if dtype == torch.float32:
-            return [[(64, 16, 8, 2)], [(32, 16, 8, 2)], [(16 if own_keys else 32, 16, 8, 2)]][size]
-        if own_keys:
-            of_128 = {90: (64, 16, 8, 2), 100: (32, 32, 4, 2), 103: (32, 32, 4, 2)}.get(target.arch, (64, 32, 8, 2))
-            return [[(64, 32, 8 if options else 4, 2)], [of_128], [(32, 32, 8, 2)]][size]
-        large = target.arch in (90, 100, 103)  # shared memory of 227 KB
-        return [[(64, 32, 4, 2)], [(64, 32, 4, 2)], [(64, 32 if large else 16, 8, 2)]][size]
+            return ((64, 16, 8, 2), (32, 16, 8, 2), (16 if own_keys else 32, 16, 8, 2))[size]
+        large = target.arch in (90, 100, 103)  # 227 KB of shared memory, and products of 64 rows a warp group
+        if not own_keys:
+            return ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32 if large else 16, 8, 2))[size]
+        if size == 0:
+            return (32, 32, 8, 2) if options else (64, 32, 4 if large or not packed else 8, 2)
+        if size == 2 or (packed and target.arch in (80, 86, 89, 100, 103)):
+            return (32, 32, 8, 2)
+        return {90: (64, 16, 8, 2), 100: (32, 32, 4, 2), 103: (32, 32, 4, 2)}.get(target.arch, (64, 32, 8, 2))
 
     def configs(target: GPUTarget) -> list[triton.Config]:
-        return [
-            triton.Config({"OWN": own, "STREAM": stream}, num_warps=warps, num_stages=stages)
-            for own, stream, warps, stages in tiles(target)
-        ]
+        own, stream, warps, stages = tiles(target)
+        return [triton.Config({"OWN": own, "STREAM": stream}, num_warps=warps, num_stages=stages)]
 
     return configs
