@@ -7,10 +7,12 @@ next of its row runs, and the reference comes last. On AMD's GPUs (ROCm) there a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -134,7 +136,13 @@ def place(device: torch.device) -> Place:
     return Place(device.type) if device.type != "cuda" else _gpu(-1 if device.index is None else device.index)
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: _F) -> _F:
+    """What torch.compiler.assume_constant_result does. That imports torch._dynamo, which takes longer than fastgpt."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def _gpu(index: int) -> Place:
     if index in _places:
         return _places[index]

@@ -198,13 +198,10 @@ def resolve(
     return "reference"
 
 
+@owners.constant_when_compiled
 def _note_fallback(name: str, why: str) -> bool:
     _FALLBACKS[name, why] += 1
     return True
-
-
-# What torch.compiler.assume_constant_result does. That imports torch._dynamo, which takes longer than all of fastgpt.
-_note_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fallbacks() -> dict[tuple[str, str], int]:
