@@ -45,7 +45,7 @@ gpu: ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; write
 	@FASTGPT_CUDA=off $(MAKE) --no-print-directory $(READY)
 	@$(BIN)/fastgpt gpu
 
-mutate: $(READY) ## Plant known bugs in the CUDA kernels, one at a time: the tests must notice each
+mutate: $(READY) ## Plant known bugs in the CUDA and Triton kernels, one at a time: the tests must notice each
 	$(BIN)/python -m tests.mutation -j $(JOBS)
 
 bench: $(READY) ## Time every operator and a training step against torch; writes results/

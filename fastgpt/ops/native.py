@@ -189,19 +189,22 @@ _checked_kernels = _DeviceKernels("simt", _simt_checked, "cpu", lambda: 0)
 _checking = False
 
 
+def _device(args: Sequence[Any]) -> torch.device:
+    """Where an operator's tensors are."""
+    first: torch.Tensor = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    return first.device
+
+
 def _run_cuda(function: Callable[..., Any], *args: Any) -> Any:
     if not _C.cuda.compiled:
         raise NotImplementedError(f"backend='cuda': {_NO_CUDA}")
-    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
-    with torch.cuda.device(first.device):
+    with torch.cuda.device(_device(args)):
         return function(_cuda_kernels, *args)
 
 
 def _run_triton(function: Callable[..., Any], *args: Any) -> Any:
-    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
-    if first.device.type != "cuda":
-        return function(_triton_kernels, *args)
-    with torch.cuda.device(first.device):
+    device = _device(args)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return function(_triton_kernels, *args)
 
 

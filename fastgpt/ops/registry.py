@@ -247,7 +247,7 @@ def explain(file: Any = None) -> None:
         lines += [f"{name:{width}}  {where} -> {backend}: {reason}" for where, backend, reason in table(name)]
     lines += [
         "",
-        "Chosen only by name, for every operator:",
+        "Beside the owners, by name, for every operator:",
         "  reference: the readable formula; takes every dtype and option",
         "  torch: torch.nn.functional, the peer that benchmarks compare with",
         "  triton: the kernels of the folder kernels/, on CUDA tensors, where there is one",

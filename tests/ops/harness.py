@@ -32,20 +32,20 @@ def backends(op: str) -> list[Any]:
     return ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu), *without_gpu]
 
 
+def takes_seconds(backend: str) -> bool:
+    """Whether a call takes seconds, as on Triton's runners without a GPU."""
+    return backend == "triton" and triton_runner.RUNNER != "GPU"
+
+
 def backends_without_interpreters(op: str) -> list[Any]:
     """The same for tests of many calls: without a GPU, a call of Triton takes a second."""
-    return [b for b in backends(op) if b != "triton" or triton_runner.RUNNER == "GPU"]
+    return [b for b in backends(op) if not takes_seconds(b)]
 
 
 def backends_here(op: str) -> list[str]:
     """The names of those that run on this machine, for tests that compare them with each other."""
     here = ["reference", *(b for b in ("cpu", "cuda", "simt") if native.has_kernel(b, op))]
     return [b for b in here if b != "cuda" or torch.cuda.is_available()]
-
-
-def takes_seconds(backend: str) -> bool:
-    """Whether a call takes seconds, as on Triton's runners without a GPU."""
-    return backend == "triton" and triton_runner.RUNNER != "GPU"
 
 
 # --- devices ---
