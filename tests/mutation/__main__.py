@@ -4,7 +4,7 @@ mutants/*.toml list them: a piece of source and what to put in its place. A muta
 operators fails: on the emulator or, if the plain one notices nothing, on the checked one; for Triton by the interpreter
 or else the sanitizer. Mutants that change nothing that a program can observe are marked ``equivalent`` with the reason;
 they must survive. The run fails if another one does, if one does not compile, or if a test that killed one fails on
-sound kernels too.
+sound kernels too. What killed each last time is asked first (killers.py).
 
 The sound emulator is built in build/mutation. Then only the changed file is compiled, with the same commands, into a
 folder of its own: neither the sources nor that build are touched.
@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutation import suite
+from tests.mutation import killers, suite
 from tests.mutation.emulator import Emulator
+from tests.mutation.killers import UNKNOWN, Killer
 from tests.mutation.mutants import DoesNotCompile, Mutant, load
 from tests.mutation.triton_kernels import Triton
 
@@ -63,16 +64,17 @@ def make_runners(mutants: Sequence[Mutant]) -> Runners:
     return runners
 
 
-def judge(mutant: Mutant, runners: Runners) -> Outcome:
+def judge(mutant: Mutant, runners: Runners, last: Killer = UNKNOWN) -> Outcome:
+    """``last``: what killed it in the last run, which is asked first."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fastgpt-mutant-") as folder:
-        for checked in (True,) if mutant.checked else (False, True):
+        for checked in (True,) if mutant.checked else (last.checked, not last.checked):
             name = f"{'triton' if mutant.triton else 'cuda'} {checked}"
             try:
                 environment = runners[name].environment(mutant, Path(folder))
             except DoesNotCompile as error:
                 return Outcome(mutant, why=str(error), broken=True)
-            result = suite.run(runners[name].selection(mutant), environment)
+            result = suite.run(runners[name].selection(mutant), environment, last.test)
             if result.failed:
                 return Outcome(mutant, result.failed, result.why, seconds=time.monotonic() - began, runner=name)
     return Outcome(mutant, seconds=time.monotonic() - began)
@@ -95,7 +97,8 @@ def main() -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="print how each killing test failed")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     options = parser.parse_args()
-    mutants = [m for m in load() if options.k in f"{m}: {m.kind}"]
+    all_mutants = load()
+    mutants = [m for m in all_mutants if options.k in f"{m}: {m.kind}"]
     if not mutants:
         parser.error(f"no mutant has {options.k!r} in its file, name or kind")
     if options.list:
@@ -103,24 +106,27 @@ def main() -> int:
             print(f"{m.kind:10} {m}{'  (equivalent)' if m.equivalent else ''}")
         return 0
     began = time.monotonic()
-    runners = make_runners(mutants)
+    runners, known = make_runners(mutants), killers.load()
     outcomes = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for done in concurrent.futures.as_completed(pool.submit(judge, m, runners) for m in mutants):
+        judged = [pool.submit(judge, m, runners, known.get(str(m), UNKNOWN)) for m in mutants]
+        for done in concurrent.futures.as_completed(judged):
             outcomes.append(done.result())
             print(f"{outcomes[-1]} ({outcomes[-1].seconds:.0f} s)", flush=True)
             if options.verbose and outcomes[-1].killer:
                 print("\n".join(outcomes[-1].why.splitlines()[-15:]), flush=True)
+    found = {str(o.mutant): Killer(o.killer, o.runner.endswith("True")) for o in outcomes}
+    killers.save(found, map(str, all_mutants))
     text, good = verdict(outcomes)
     print(f"\n{text}")
     # A kill means something only if the test passes without the bug.
     for name, runner in runners.items() if good else ():
-        killers = sorted({o.killer for o in outcomes if o.runner == name})
-        sound = suite.run(killers, runner.sound) if killers else suite.Result(0)
+        tests = sorted({o.killer for o in outcomes if o.runner == name})
+        sound = suite.run(tests, runner.sound) if tests else suite.Result(0)
         good = good and not sound.failed
         if sound.failed:
             print(f"FAILS ON SOUND KERNELS  {sound.failed}\n{sound.why}")
-        elif killers:
+        elif tests:
             print(f"the {sound.ran} tests that killed them pass on sound kernels ({name.split()[0]})")
     print(f"{time.monotonic() - began:.0f} s")
     return 0 if good else 1

@@ -38,8 +38,8 @@ class Result:
 class _Reporter:
     """A pytest plugin: sends the name of each test that begins, and of the first that fails."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.send = connection.send
+    def __init__(self, connection: Connection, first: str) -> None:
+        self.send, self.first = connection.send, first
 
     def pytest_configure(self, config: pytest.Config) -> None:
         import hypothesis
@@ -51,6 +51,10 @@ class _Reporter:
         )
         hypothesis.settings.load_profile("mutation")
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: item.nodeid != self.first)
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.send(("began", nodeid))
 
@@ -59,7 +63,7 @@ class _Reporter:
             self.send(("failed", (report.nodeid, report.longreprtext)))
 
 
-def _run(connection: Connection, selection: list[str], environment: dict[str, str], output: Any) -> None:
+def _run(connection: Connection, selection: list[str], first: str, environment: dict[str, str], output: Any) -> None:
     descriptor = output.detach()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -69,7 +73,7 @@ def _run(connection: Connection, selection: list[str], environment: dict[str, st
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
     arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-disable"]
-    code = pytest.main(["-m", "not slow and not gpu", *arguments, *selection], plugins=[_Reporter(connection)])
+    code = pytest.main(["-m", "not slow and not gpu", *arguments, *selection], plugins=[_Reporter(connection, first)])
     connection.send(("exit", int(code)))
     connection.close()
     os._exit(0)  # no destructors of a module that may have written where it should not
@@ -82,15 +86,15 @@ def tests_of(mutant: Mutant, backend: str) -> list[str]:
     return [*files, "-k", f"{backend} and not registration and ({mutant.tests or 'test'})"]
 
 
-def run(selection: list[str], environment: dict[str, str]) -> Result:
-    """What the selected tests say; the environment leads them to the kernels."""
+def run(selection: list[str], environment: dict[str, str], first: str = "") -> Result:
+    """What the selected tests say, of which ``first`` is run first; the environment leads them to the kernels."""
     with tempfile.TemporaryFile() as output:
-        return _follow(selection, environment, output)
+        return _follow(selection, first, environment, output)
 
 
-def _follow(selection: list[str], environment: dict[str, str], output: IO[bytes]) -> Result:
+def _follow(selection: list[str], first: str, environment: dict[str, str], output: IO[bytes]) -> Result:
     receiver, sender = _context.Pipe(duplex=False)
-    process = _context.Process(target=_run, args=(sender, selection, environment, DupFd(output.fileno())))
+    process = _context.Process(target=_run, args=(sender, selection, first, environment, DupFd(output.fileno())))
     process.start()
     sender.close()
     ran, test, why, code = 0, "", "", None

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.mutation import __main__ as runner
-from tests.mutation import mutants, suite
+from tests.mutation import killers, mutants, suite
+from tests.mutation.killers import UNKNOWN, Killer
 from tests.mutation.mutants import DoesNotCompile
 from tests.mutation.triton_kernels import Triton
 
@@ -103,16 +104,17 @@ class Runner:
         return {}
 
 
-def judged(monkeypatch, by_plain="", by_checked="", language="cuda", **changes):
+def judged(monkeypatch, by_plain="", by_checked="", language="cuda", last=UNKNOWN, **changes):
     """The outcome where those tests fail; and which runners were asked."""
     asked = []
 
-    def run(selection, environment):
+    def run(selection, environment, first):
+        assert first == last.test
         asked.extend(selection)
         return suite.Result(1, by_checked if selection[0] else by_plain, "why")
 
     monkeypatch.setattr(suite, "run", run)
-    return runner.judge(mutant(**changes), {f"{language} {c}": Runner(c) for c in (False, True)}), asked
+    return runner.judge(mutant(**changes), {f"{language} {c}": Runner(c) for c in (False, True)}, last), asked
 
 
 def test_a_triton_mutant_goes_to_the_interpreter_and_then_to_the_sanitizer(monkeypatch):
@@ -139,6 +141,25 @@ def test_the_checked_build_is_asked_where_the_plain_one_notices_nothing(monkeypa
 def test_what_only_the_checked_build_sees_is_not_shown_to_the_plain_one(monkeypatch):
     outcome, asked = judged(monkeypatch, by_checked="test_b", checked=True)
     assert (outcome.killer, asked) == ("test_b", [True])
+
+
+def test_the_runner_that_killed_it_last_is_asked_first(monkeypatch):
+    outcome, asked = judged(monkeypatch, by_plain="test_a", by_checked="test_b", last=Killer("test_b", True))
+    assert (outcome.killer, asked) == ("test_b", [True])
+    outcome, asked = judged(monkeypatch, by_plain="test_a", last=Killer("test_b", True))
+    assert (outcome.killer, asked) == ("test_a", [True, False])
+    outcome, asked = judged(monkeypatch, last=Killer("test_b", True))
+    assert (outcome.killer, asked) == ("", [True, False])
+
+
+def test_killers_are_remembered_of_the_mutants_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(killers, "FILE", tmp_path / "killers.json")
+    assert killers.load() == {}
+    both = {"a": Killer("test_a[é]"), "b": Killer("test_b", True)}
+    killers.save(both, ["a", "b"])
+    assert killers.load() == both
+    killers.save({"b": Killer("test_c"), "c": Killer()}, ["b", "c"])
+    assert killers.load() == {"b": Killer("test_c")}
 
 
 def test_a_survivor_fails_the_run(monkeypatch):
@@ -181,6 +202,8 @@ def test_results_come_from_a_process_of_their_own(tmp_path):
     failed = suite.run([path, "-k", "not dies"], {})
     assert failed.failed.endswith("test_bad")
     assert "KeyError" in failed.why
+    first = suite.run([path], {}, failed.failed)
+    assert (first.ran, first.failed) == (1, failed.failed)
     dead = suite.run([path, "-k", "dies"], {})
     assert dead.failed.endswith("test_dies")
     assert "died (9)" in dead.why

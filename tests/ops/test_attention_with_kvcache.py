@@ -108,15 +108,17 @@ def test_any_number_of_splits(backend, num_splits, dtype):
 
 
 @pytest.mark.parametrize("dtype", harness.FLOATS)
-@pytest.mark.parametrize("num_splits", [0, 2])
+@pytest.mark.parametrize("splits", [(0, -1), (2, -1), (64, -1), (64, 0)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pieces_of_unequal_weight(backend, num_splits, dtype):
-    """The last keys, which are the rest of a division by the pieces, outweigh all others by more than a float holds."""
+def test_pieces_of_unequal_weight(backend, splits, dtype):
+    """The last key, which is the rest of a division by the pieces, or the first outweighs all others by more than a
+    float holds. 64 pieces are more than a kernel adds up at once."""
+    num_splits, heaviest = splits
     keys = 64 * 34 + 1
     t = make((2, 2, 16, 16), 1, (keys,), capacity=keys)
     t["query"].fill_(8.0)
-    t["k_cache"][:, :-1].clamp_(max=-1.0)
-    t["k_cache"][:, -1] = 8.0
+    t["k_cache"].clamp_(max=-1.0)
+    t["k_cache"][:, heaviest] = 8.0
     harness.check(runner("causal", (2, 2, 16, 16), (keys,), num_splits=num_splits), t, dtype, backend, gradients=False)
 
 

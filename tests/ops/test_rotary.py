@@ -270,7 +270,7 @@ def test_errors_name_the_argument(change, error, message):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_positions_outside_the_tables_are_nan_where_no_error_can_be_raised(interleaved, backend):
     cos, sin = ops.rotary_tables(9, 8)
-    x = torch.randn(4, 3, 5, 8)
+    x = torch.randn(4, 3, 5, 11)  # of which three dims are copied, where there is a position
     offsets = torch.tensor([4, 7, 2**63 - 1, -1])
     y = ops.rotary(x, cos, sin, offsets=offsets, interleaved=interleaved, backend=backend)
     expected = ops.rotary(x[:1], cos, sin, offsets=4, interleaved=interleaved, backend=backend)

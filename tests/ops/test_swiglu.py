@@ -55,10 +55,11 @@ def test_layouts(packed, backend):
 def test_slices_of_a_fused_projection(backend):
     fused = torch.randn(3, 7, 50, dtype=torch.float64)
     slices = {"gate": fused[..., 3:20], "up": fused[..., 30:47]}
+    apart = {"gate": fused[..., 3:20], "up": torch.randn(3, 7, 30, dtype=torch.float64)[..., 4:21]}
     packed = {"gate": fused[..., 5:45]}
     rows = {"gate": fused[:, 2:5], "up": fused[:, 1:4]}  # rows are not evenly spaced: copied
     expanded = {"gate": fused[:, :1].expand(3, 7, 50), "up": fused}
-    for tensors in (slices, packed, rows, expanded):
+    for tensors in (slices, apart, packed, rows, expanded):
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
         harness.check(run, leaves, torch.float32, backend)
 
