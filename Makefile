@@ -48,8 +48,8 @@ gpu: ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; write
 mutate: $(READY) ## Plant known bugs in the CUDA and Triton kernels, one at a time: the tests must notice each
 	$(BIN)/python -m tests.mutation -j $(JOBS)
 
-bench: $(READY) ## Time every operator and a training step against torch; writes results/
-	$(BIN)/fastgpt bench --results results
+bench: $(READY) ## Time every operator and a training step against their peers (ten minutes; QUICK=1: two); writes results/
+	$(BIN)/fastgpt bench $(if $(QUICK),--quick)
 
 lint: $(READY) ## Formatting, lint and types
 	$(BIN)/ruff check .

@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastgpt.cli.errors import plain_errors
+
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
+
+
+def suites() -> dict[str, Path]:
+    """The files of benchmarks/ that hold benchmarks, by the name that the command line takes."""
+    return {
+        path.stem: path
+        for path in sorted(FOLDER.glob("*.py"))
+        if re.search(r"^def test_", path.read_text(encoding="utf-8"), re.M)
+    }
 
 
 def bench(
-    suites: Annotated[
-        list[str] | None, typer.Argument(help="Suites to run: operator names, training_step, generate. Default: all.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SUITE]...", help="Operator names, training_step, generate, scaling. Default: all."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cases, few rounds, no compiled peers: under two minutes.")
+    ] = False,
+    long: Annotated[bool, typer.Option("--long", help="Also the cases that take minutes each.")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, max=600, help="About how long the run may take; rounds are shared out. Default: 9, quick 1.5."
+        ),
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Also write bench.md, bench.json and speedup.png into this folder.")
-    ] = None,
+        Path, typer.Option(help="The folder for bench.json, bench.md and the plots.", file_okay=False)
+    ] = Path("results"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the rows of other suites in the folder: a run in several parts.")
+    ] = False,
 ) -> None:
-    """Time the kernels against their peers, side by side in one run, and print the ratios."""
-    folder = ROOT / "benchmarks"
-    if not folder.is_dir():
-        raise typer.BadParameter("the benchmark suites live in a source checkout of fastgpt; this is an installed copy")
-    helpers = {"__init__", "conftest", "gpu", "harness", "report"}
-    known = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in helpers}
-    if unknown := [name for name in suites or () if name not in known]:
-        raise typer.BadParameter(f"unknown suite {unknown[0]!r}; there are: {', '.join(known)}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-columns=median,rounds"]
-    command += [str(known[name]) for name in suites or known]
-    if results is not None:
-        command.append(f"--results={results.resolve()}")
-    raise typer.Exit(subprocess.run(command, cwd=ROOT).returncode)
+    """Time the kernels against their peers, taking turns in one run; print a table, write JSON, a page and plots.
+
+    Ctrl-C ends the run; what was measured by then is printed and written.
+    """
+    with plain_errors():
+        if not FOLDER.is_dir():
+            raise ValueError("the benchmark suites live in a source checkout of fastgpt; this is an installed copy")
+        if quick and long:
+            raise ValueError("--quick and --long do not go together")
+        known = suites()
+        if unknown := [name for name in names or () if name not in known]:
+            raise ValueError(f"there is no suite {unknown[0]!r}; there are: {', '.join(known)}")
+        try:
+            import pytest
+            import pytest_benchmark  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"the suites need {error.name}, one of the packages of `pip install -e .[dev]`") from error
+        options = [f"--{name}" for name, wanted in (("quick", quick), ("long", long), ("keep", keep)) if wanted]
+        options += [f"--minutes={minutes or (1.5 if quick else 9)}", f"--results={results.resolve()}"]
+        command = ["-q", "-p", "no:cacheprovider", "--benchmark-quiet", "-o", "console_output_style=classic", *options]
+        sys.path.insert(0, str(ROOT))
+        os.chdir(ROOT)
+        raise typer.Exit(int(pytest.main([*command, *(str(known[name]) for name in names or known)])))
