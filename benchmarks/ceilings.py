@@ -25,12 +25,7 @@ def measure(threads: int) -> dict[str, float]:
     try:
         best = _bandwidth()
         for dtype in GEMM_DTYPES:
-            rates = []
-            for m, n, k in _SHAPES:
-                a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
-                out = torch.empty(m, n, dtype=dtype)
-                rates.append(2 * m * n * k / _shortest(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out)))
-            best[str(dtype).removeprefix("torch.")] = max(rates)
+            best[str(dtype).removeprefix("torch.")] = max(_gemm(*shape, dtype) for shape in _SHAPES)
         return best
     finally:
         torch.set_num_threads(before)
@@ -40,6 +35,11 @@ def _bandwidth() -> dict[str, float]:
     source, target = torch.ones(2, _BYTES // 4).unbind()
     copied = _shortest(lambda: target.copy_(source))
     return {"copy": 2 * _BYTES / copied, "read": _BYTES / _shortest(lambda: torch.dot(source, source))}
+
+
+def _gemm(m: int, n: int, k: int, dtype: torch.dtype) -> float:
+    a, b, out = (torch.ones(size, dtype=dtype) for size in ((m, k), (n, k), (m, n)))
+    return 2 * m * n * k / _shortest(lambda: torch.mm(a, b.T, out=out))
 
 
 def floor(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> float | None:

@@ -1,9 +1,9 @@
 """Results: rows of a benchmark session, the JSON file that holds them, and what people read: a table, a page.
 
-A results file is {"format": "fastgpt-bench", "schema": 1, "complete", "machine", "ceilings", "rows"}. Seconds are
-medians; bytes, flops and rates are in units, not in giga; "ratio" is the peer's seconds over ours (above 1: ours is
-faster), "interval" holds 95 % of its bootstrap, "spread" is a robust standard deviation over the median. "floor" is in
-seconds (ceilings.py), "memory" the bytes of memory.py.
+A results file is {"format": "fastgpt-bench", "schema": 1, "command", "complete", "date", "machine", "ceilings" (by
+number of threads), "rows"}. Seconds are medians; bytes, flops and rates are in units, not in giga; "ratio" is the
+peer's seconds over ours (above 1: ours is faster), "interval" holds 95 % of its bootstrap, "spread" is a robust
+standard deviation over the median. "floor" is in seconds (ceilings.py), "memory" is the bytes of memory.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -81,6 +82,7 @@ def document(
         "schema": SCHEMA,
         "command": command,
         "complete": complete,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": machine(),
         "ceilings": ceilings,
         "rows": list(rows),
@@ -214,7 +216,7 @@ pass 100 %. *memory*: by how much one call lets the process grow, its results in
 
 def markdown(found: Mapping[str, Any], plots: Sequence[Path] = ()) -> str:
     """The results page."""
-    parts = ["# Benchmarks\n", f"Written by `{found['command']}`. {_LEGEND}"]
+    parts = ["# Benchmarks\n", f"Written by `{found['command']}`, {found['date']}. {_LEGEND}"]
     if not found["complete"]:
         parts.append("**The run was stopped, or a benchmark failed: cases are missing.**\n")
     parts.append(markdown_table(["", ""], [[name, str(value)] for name, value in found["machine"].items()]))
@@ -297,4 +299,6 @@ def duration(seconds: float) -> str:
 
 def megabytes(count: float) -> str:
     """Bytes in MB."""
+    if count < 1e5:
+        return "<0.1 MB" if count else "0 MB"
     return f"{count / 1e6:.0f} MB" if count >= 9.95e6 else f"{count / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""``fastgpt bench``: the benchmark suites of a source checkout."""
+"""``fastgpt bench``: the benchmark suites of a source checkout, and what changed between two of their results."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def bench(
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the rows of other suites in the folder: a run in several parts.")
     ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.json B.json", help="Run nothing: print what changed from A to B beyond the noise."),
+    ] = None,
+    publish: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Run nothing: rewrite docs/benchmarks.* and README's table from FILE."),
+    ] = None,
 ) -> None:
     """Time the kernels against their peers, taking turns in one run; print a table, write JSON, a page and plots.
 
@@ -54,8 +62,24 @@ def bench(
     with plain_errors():
         if not FOLDER.is_dir():
             raise ValueError("the benchmark suites live in a source checkout of fastgpt; this is an installed copy")
+        if (compare or publish) and (names or quick or long or keep or minutes):
+            raise ValueError(f"--{'compare' if compare else 'publish'} runs no benchmarks: give it files alone")
+        if compare and publish:
+            raise ValueError("--compare and --publish do not go together")
         if quick and long:
             raise ValueError("--quick and --long do not go together")
+        sys.path.insert(0, str(ROOT))
+        if compare:
+            from benchmarks.compare import comparison
+
+            typer.echo(comparison(*compare))
+            return
+        if publish:
+            from benchmarks.publish import publish as rewrite
+
+            for path in rewrite(publish):
+                typer.echo(f"wrote {path}")
+            return
         known = suites()
         if unknown := [name for name in names or () if name not in known]:
             raise ValueError(f"there is no suite {unknown[0]!r}; there are: {', '.join(known)}")
@@ -67,6 +91,5 @@ def bench(
         options = [f"--{name}" for name, wanted in (("quick", quick), ("long", long), ("keep", keep)) if wanted]
         options += [f"--minutes={minutes or (1.5 if quick else 9)}", f"--results={results.resolve()}"]
         command = ["-q", "-p", "no:cacheprovider", "--benchmark-quiet", "-o", "console_output_style=classic", *options]
-        sys.path.insert(0, str(ROOT))
         os.chdir(ROOT)
         raise typer.Exit(int(pytest.main([*command, *(str(known[name]) for name in names or known)])))
