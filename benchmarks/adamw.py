@@ -15,6 +15,7 @@ from fastgpt import ops
 TENSORS, ELEMENTS = 148, 135_000
 
 
+@pytest.mark.quick(clip="clipped")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("clip", ["plain", "clipped"])
 def test_adamw(benchmark, clip, dtype):

@@ -17,6 +17,7 @@ def versus(benchmark, work, tensors, flops, **options):
     harness.versus(benchmark, calls.pop("fused"), calls, flops=flops * {"forward": 1, "forward_backward": 3.5}[work])
 
 
+@pytest.mark.quick(work="forward_backward", mask="causal")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["4 x 256", "1 x 1024"])
 @pytest.mark.parametrize("mask", ["causal", "full"])
@@ -37,6 +38,7 @@ def test_attention_head_dims(benchmark, dim, dtype):
     versus(benchmark, "forward_backward", tensors, 2 * HEADS * 512 * 512 * dim, is_causal=True)
 
 
+@pytest.mark.quick(kv_heads=4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [12, 4])
 def test_attention_decode(benchmark, kv_heads, dtype):

@@ -25,6 +25,7 @@ def one_by_one(q, k, v):
     return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts], 1).transpose(0, 1)
 
 
+@pytest.mark.quick(work="forward_backward", dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
 def test_attention_varlen(benchmark, work, dtype):

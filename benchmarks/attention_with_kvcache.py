@@ -11,6 +11,7 @@ HEADS, DIM, CAPACITY, PAGE = 12, 64, 2048, 64
 LENGTHS = [2048, 100, 1500, 700, 333, 1024, 17, 512]
 
 
+@pytest.mark.quick(kv_heads=4, dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [12, 4])
 @pytest.mark.parametrize("pages", [False, True], ids=["cache", "pages"])

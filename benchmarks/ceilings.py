@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 _BYTES = 256 << 20
-_SHAPES = ((1024, 3072, 768), (2048, 2048, 2048))  # (M, N, K) of the matrix products
-_ROUNDS = 6
+_SHAPES = ((512, 512, 512), (1024, 3072, 768), (2048, 2048, 2048))  # (M, N, K) of the matrix products
+_ROUNDS, _SECONDS = 5, 0.25  # of each measure, at least
 GEMM_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -59,8 +59,8 @@ def best(*measured: Mapping[str, float]) -> dict[str, float]:
 
 def _shortest(call: Callable[[], Any]) -> float:
     call()
-    times = []
-    for _ in range(_ROUNDS):
+    times: list[float] = []
+    while len(times) < _ROUNDS or sum(times) < _SECONDS:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

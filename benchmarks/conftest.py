@@ -56,6 +56,7 @@ class Session:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.left = self.count = 0
+        self.idle = ""  # suites without a case in a run of this kind
         self.ceilings: dict[str, dict[str, float]] = {}
         harness.settings.quick = config.getoption("quick")
 
@@ -66,6 +67,8 @@ class Session:
         chosen = [item for item in items if wanted(item)]
         if len(chosen) < len(items):
             config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        if idle := sorted({item.path.stem for item in items} - {item.path.stem for item in chosen}):
+            self.idle = ", ".join(idle)
         items[:] = chosen
         self.left = self.count = len(chosen)
 
@@ -107,6 +110,8 @@ class Session:
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter, exitstatus, config) -> None:
+        if self.idle:
+            terminalreporter.write_line(f"No case of a run of this kind in: {self.idle}")
         if not self._rows():
             return
         complete = exitstatus == 0

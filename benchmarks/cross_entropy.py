@@ -10,6 +10,7 @@ from fastgpt import ops
 SHAPES = {"gpt2": (1024, 50257), "bytes": (4096, 256)}
 
 
+@pytest.mark.quick(work="forward_backward", shape="gpt2")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
@@ -22,4 +23,6 @@ def test_cross_entropy(benchmark, work, shape, dtype):
         for backend in ("fused", "torch")
     }
     passes = {"forward": 1, "forward_backward": 3}[work]
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=passes * logits.numel() * logits.element_size())
+    flops = {"forward": 4, "forward_backward": 7}[work] * logits.numel()
+    moved = passes * logits.numel() * logits.element_size()
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=moved, flops=flops)

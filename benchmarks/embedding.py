@@ -13,6 +13,7 @@ from fastgpt import ops
 B, T, V, C = 8, 1024, 50257, 768
 
 
+@pytest.mark.quick(work="forward_backward", dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
 def test_embedding(benchmark, work, dtype):

@@ -9,6 +9,7 @@ from fastgpt import GPT, GPTConfig, generate
 PROMPT, NEW = 64, 32
 
 
+@pytest.mark.quick(preset="demo", rows=1)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("preset", ["demo", "gpt2"])
 def test_generate(benchmark, preset, rows):

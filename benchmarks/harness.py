@@ -72,7 +72,8 @@ def versus(
         benchmark: pytest-benchmark's fixture.
         peers: name -> the same work done by somebody else; ``Missing`` or None where it cannot run here. A peer that
             raises is recorded as missing too, with its error.
-        bytes, flops: what must move and what must be computed, for GB/s, GFLOP/s and the floor.
+        bytes, flops: what must move and what must be computed, for the floor and the roofline. In elementwise work a
+            transcendental function counts as one operation.
         threads: torch's thread count meanwhile.
         shape, dtype: for the row; by default those of the first tensor given to ``forward`` or ``forward_backward``
             (a parameter of the test that is a dtype goes first).

@@ -161,7 +161,8 @@ def cells(row: Row) -> list[str]:
     peers += [f"{name}: {why}" for name, why in row["missing"].items()]
     backend = "" if row["backend"] in ("cpu", "fused") else f" ({row['backend']})"
     return [
-        " ".join(filter(None, (row["name"] if row["name"] != row["suite"] else "", label(row)))) + backend,
+        (" ".join(filter(None, (row["name"] if row["name"] != row["suite"] else "", label(row)))) or row["name"])
+        + backend,
         row["dtype"] or "",
         str(row["threads"]),
         duration(row["seconds"]),

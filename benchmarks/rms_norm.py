@@ -9,6 +9,7 @@ from fastgpt import ops
 ROWS, COLS = 4096, 768
 
 
+@pytest.mark.quick(work="forward_backward")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", ["plain", "residual"])
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
@@ -21,4 +22,6 @@ def test_rms_norm(benchmark, work, residual, dtype):
         for backend in ("fused", "torch")
     }
     tensors = {"forward": 2, "forward_backward": 5}[work] + (2 if options else 0)
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=tensors * x.numel() * x.element_size())
+    flops = {"forward": 5, "forward_backward": 14}[work] * x.numel()
+    moved = tensors * x.numel() * x.element_size()
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=moved, flops=flops)

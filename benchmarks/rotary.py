@@ -12,6 +12,7 @@ from fastgpt import ops
 B, H, T, D = 4, 12, 1024, 64
 
 
+@pytest.mark.quick(work="forward_backward", pairs="half")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pairs", ["half", "interleaved"])
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
@@ -23,4 +24,6 @@ def test_rotary(benchmark, work, pairs, dtype):
         for backend in ("fused", "torch")
     }
     tensors = {"forward": 2, "forward_backward": 4}[work]
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=tensors * x.numel() * x.element_size())
+    flops = 3 * x.numel() * {"forward": 1, "forward_backward": 2}[work]
+    moved = tensors * x.numel() * x.element_size()
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=moved, flops=flops)

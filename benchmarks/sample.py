@@ -55,6 +55,7 @@ def hugging_face(options):
     return call
 
 
+@pytest.mark.quick(name="top_k_top_p", dtype=torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("rows", [1, 16])
@@ -65,4 +66,4 @@ def test_sample(benchmark, rows, name, dtype):
     if name != "greedy" and (call := hugging_face(options)) is not None:
         peers["Hugging Face"] = harness.forward(call, logits)
     ours = harness.forward(ops.sample, logits, **options)
-    harness.versus(benchmark, ours, peers, bytes=logits.numel() * logits.element_size())
+    harness.versus(benchmark, ours, peers, bytes=logits.numel() * logits.element_size(), flops=5 * logits.numel())

@@ -12,6 +12,7 @@ from fastgpt import ops
 ROWS, COLS = 4096, 2048
 
 
+@pytest.mark.quick(work="forward_backward", form="packed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["packed", "two"])
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
@@ -20,4 +21,6 @@ def test_swiglu(benchmark, work, form, dtype):
     inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     calls = {backend: getattr(harness, work)(ops.swiglu, *inputs, backend=backend) for backend in ("fused", "torch")}
     tensors = {"forward": 3, "forward_backward": 8}[work]
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=tensors * ROWS * COLS * inputs[0].element_size())
+    flops = {"forward": 5, "forward_backward": 16}[work] * ROWS * COLS
+    moved = tensors * ROWS * COLS * inputs[0].element_size()
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=moved, flops=flops)

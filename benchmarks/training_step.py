@@ -33,6 +33,7 @@ def step(ops: str, dtype: torch.dtype) -> harness.Call:
     return call
 
 
+@pytest.mark.quick(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_step(benchmark, dtype):
     """In bfloat16, ours keeps float32 master weights and moments; torch's optimizer updates the bfloat16 weights."""
