@@ -31,10 +31,14 @@ def test_adamw(benchmark, clip, dtype):
         peer.step()
 
     size = 28 + (dtype.itemsize if clip == "clipped" else 0)
-    harness.versus(benchmark, optimizer.step, {"torch_fused": torch_fused}, bytes=size * TENSORS * ELEMENTS)
+    elements = TENSORS * ELEMENTS
+    flops = (15 + 2 * (clip == "clipped")) * elements
+    harness.versus(benchmark, optimizer.step, {"torch_fused": torch_fused}, bytes=size * elements, flops=flops)
 
 
 def test_grad_norm(benchmark):
     grads = [torch.randn(ELEMENTS) for _ in range(TENSORS)]
     peers = {"torch": lambda: torch.nn.utils.get_total_norm(grads)}
-    harness.versus(benchmark, lambda: ops.grad_norm(grads), peers, bytes=4 * TENSORS * ELEMENTS)
+    harness.versus(
+        benchmark, lambda: ops.grad_norm(grads), peers, bytes=4 * TENSORS * ELEMENTS, flops=2 * TENSORS * ELEMENTS
+    )

@@ -37,4 +37,5 @@ def test_attention_varlen(benchmark, work, dtype):
 
     calls = {f.__name__: getattr(harness, work)(f, *tensors) for f in (packed, padded, one_by_one)}
     flops = 2 * HEADS * DIM * sum(n * n for n in LENGTHS) * {"forward": 1, "forward_backward": 3.5}[work]
-    harness.versus(benchmark, calls.pop("packed"), calls, flops=flops)
+    moved = {"forward": 4, "forward_backward": 12}[work] * tensors[0].numel() * dtype.itemsize
+    harness.versus(benchmark, calls.pop("packed"), calls, bytes=moved, flops=flops)

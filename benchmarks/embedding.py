@@ -24,4 +24,5 @@ def test_embedding(benchmark, work, dtype):
         for backend in ("fused", "torch")
     }
     rows = {"forward": 3 * B * T, "forward_backward": 5 * B * T + V + T}[work]
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=rows * C * weight.element_size())
+    flops = {"forward": 1, "forward_backward": 3}[work] * B * T * C
+    harness.versus(benchmark, calls.pop("fused"), calls, bytes=rows * C * weight.element_size(), flops=flops)

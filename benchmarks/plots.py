@@ -45,8 +45,9 @@ def _speedup(rows: Sequence[report.Row], ceilings: Mapping[str, Any]) -> Any:
     groups: dict[str, dict[str | None, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         threads = f" ({row['threads']} threads)" if row["threads"] > 1 else ""
+        name = row["name"] if row["name"].startswith(row["suite"]) else f"{row['suite']}: {row['name']}"
         ratio = row["peers"][report.best_peer(row)]["ratio"]
-        groups[f"{row['suite']}: {row['name']}{threads}"][row["dtype"]].append(ratio)
+        groups[f"{name}{threads}"][row["dtype"]].append(ratio)
     bars = [(name, dtype, ratios) for name, dtypes in groups.items() for dtype, ratios in dtypes.items()][::-1]
     figure, axes = plt.subplots(figsize=(9, 0.24 * len(bars) + 1.2), layout="constrained")
     for y, (_, dtype, ratios) in enumerate(bars):
@@ -65,7 +66,11 @@ def _speedup(rows: Sequence[report.Row], ceilings: Mapping[str, Any]) -> Any:
 def _log(axes: Any, axis: str, values: Sequence[float]) -> None:
     """A logarithmic axis of ratios with plain numbers on it."""
     getattr(axes, f"set_{axis}scale")("log")
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if min(values) / 2 <= t <= max(values) * 2]
+    ticks = [
+        t
+        for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+        if min(values) / 2 <= t <= max(values) * 2
+    ]
     getattr(axes, f"set_{axis}ticks")(ticks, [f"{t:g}" for t in ticks])
     getattr(axes, f"{axis}axis").set_minor_locator(matplotlib.ticker.NullLocator())
 

@@ -65,7 +65,13 @@ def key(row: Row) -> tuple[str, ...]:
 
 def label(row: Row) -> str:
     """The case in words: its parameters but for the dtype, which has a column of its own."""
-    return " ".join(str(value) for name, value in row["case"].items() if value != row["dtype"])
+    return " ".join(_word(name, value) for name, value in row["case"].items() if value != row["dtype"])
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name} {value}" if isinstance(value, int | float) else str(value)
 
 
 def best_peer(row: Row) -> str | None:
@@ -261,7 +267,7 @@ def exponents(rows: Iterable[Row]) -> list[dict[str, Any]]:
     for row in rows:
         if row["scale"]:
             variable, value = row["scale"]
-            rest = [str(v) for v in row["case"].values() if v != value]
+            rest = [_word(n, v) for n, v in row["case"].items() if v != value]
             series[" ".join([row["name"], *rest]), variable].append(row)
     found = []
     for (name, variable), some in series.items():
