@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Session:
         self.idle = ""  # suites without a case in a run of this kind
         self.ceilings: dict[str, dict[str, float]] = {}
         harness.settings.quick = config.getoption("quick")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is written
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         wanted = (lambda i: marked(i, "quick")) if config.getoption("quick") else (lambda i: not marked(i, "long"))
@@ -128,11 +130,7 @@ class Session:
         if folder := config.getoption("--results"):
             path = Path(folder) / "bench.json"
             if config.getoption("keep") and path.exists():
-                try:
-                    found = report.merged(report.read(path), found)
-                except ValueError as error:  # what was measured is not lost
-                    folder = f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
-                    terminalreporter.write_line(f"{error}; these go into a folder of their own", red=True)
+                found = report.merged(report.read(path), found)
             for path in report.write(found, Path(folder)):
                 terminalreporter.write_line(f"wrote {path}")
 

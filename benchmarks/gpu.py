@@ -9,7 +9,7 @@ interleaved rounds. Beside the time stands the floor of the same work on this GP
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,19 +37,12 @@ class Case:
     name: str
     op: str
     works: tuple[str, ...]
-    calls: dict[str, Call]
-
-
-def _optional(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
+    calls: dict[str, Call | harness.Missing]
 
 
 def _calls(
     work: str, function: Callable[..., Any], *inputs: Any, compiled: bool = True, **options: Any
-) -> dict[str, Call]:
+) -> dict[str, Call | harness.Missing]:
     """Ours, torch's, and torch's compiled; ``work`` is forward or forward_backward."""
     make = getattr(harness, work)
     device = next(t.device for t in inputs if isinstance(t, torch.Tensor))
@@ -73,7 +66,7 @@ def _ours(op: str, device: torch.device) -> list[str]:
 def cases(shape: Shape, device: torch.device, *, compiled: bool = True) -> Iterator[Case]:
     """Every operator at a shape, one at a time: each case's tensors are gone before the next one's."""
     s = shape
-    flash, liger = _optional("flash_attn"), _optional("liger_kernel.transformers.functional")
+    liger = functools.partial(harness.optional, "liger_kernel.transformers.functional")
 
     def randn(*size: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
         return torch.randn(*size, dtype=dtype, device=device).requires_grad_()
@@ -88,9 +81,8 @@ def cases(shape: Shape, device: torch.device, *, compiled: bool = True) -> Itera
         q, k, v = (randn(s.B, s.T, heads, s.D).transpose(1, 2) for heads in (s.H, s.KV, s.KV))
         q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
         calls = _calls(work, ops.attention, q, k, v, is_causal=True, enable_gqa=s.H != s.KV, compiled=compiled)
-        if flash is not None:
-            rows = [t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)]
-            calls["flash-attn"] = make(flash.flash_attn_func, *rows, causal=True)
+        rows = [t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)]
+        calls["flash-attn"] = make(harness.optional("flash_attn", "flash_attn_func"), *rows, causal=True)
         yield Case(
             f"attention {work}", "attention", works("attention forward, causal", "attention backward, causal"), calls
         )
@@ -100,8 +92,7 @@ def cases(shape: Shape, device: torch.device, *, compiled: bool = True) -> Itera
         name = "layer_norm {}, + residual"
         yield Case(f"layer_norm {work}", "layer_norm", works(name.format("forward"), name.format("backward")), calls)
         calls = _calls(work, ops.rms_norm, x, (s.C,), weight, 1e-5, residual=residual, compiled=compiled)
-        if liger is not None:
-            calls["Liger (no residual)"] = make(liger.liger_rms_norm, x, weight, 1e-5, in_place=False)
+        calls["Liger (no residual)"] = make(liger("liger_rms_norm"), x, weight, 1e-5, in_place=False)
         name = "rms_norm {}, + residual"
         yield Case(f"rms_norm {work}", "rms_norm", works(name.format("forward"), name.format("backward")), calls)
 
@@ -109,8 +100,7 @@ def cases(shape: Shape, device: torch.device, *, compiled: bool = True) -> Itera
         calls = _calls(work, ops.gelu, x, "tanh", compiled=compiled)
         yield Case(f"gelu {work}", "gelu", works("gelu forward (tanh)", "gelu backward (tanh)"), calls)
         calls = _calls(work, ops.swiglu, x, up, compiled=compiled)
-        if liger is not None:
-            calls["Liger"] = make(liger.liger_swiglu, x, up)
+        calls["Liger"] = make(liger("liger_swiglu"), x, up)
         yield Case(f"swiglu {work}", "swiglu", works("swiglu forward", "swiglu backward"), calls)
 
         logits, target = randn(s.N, s.V), torch.randint(s.V, (s.N,), device=device)
@@ -123,8 +113,7 @@ def cases(shape: Shape, device: torch.device, *, compiled: bool = True) -> Itera
         hidden, head = randn(s.N, s.C), randn(s.V, s.C)
         if both:
             calls = _calls(work, ops.linear_cross_entropy, hidden, head, target, compiled=compiled)
-            if liger is not None:
-                calls["Liger"] = make(liger.liger_fused_linear_cross_entropy, hidden, head, target)
+            calls["Liger"] = make(liger("liger_fused_linear_cross_entropy"), hidden, head, target)
             yield Case(f"linear_cross_entropy {work}", "linear_cross_entropy", (), calls)
         tokens = torch.randint(s.V, (s.B, s.T), device=device)
         calls = _calls(work, ops.embedding, tokens, head, compiled=compiled)
@@ -181,22 +170,25 @@ def run(
     rows = []
     for shape in shapes:
         for case in cases(shape, device, compiled=compiled):
+            missing = {n: peer.why for n, peer in case.calls.items() if isinstance(peer, harness.Missing)}
+            calls = {name: call for name, call in case.calls.items() if name not in missing}
             failed: dict[str, str] = {}
-            for peer, call in list(case.calls.items()):
+            for peer, call in list(calls.items()):
                 try:
                     with fastgpt.strict():  # a fallback to the reference is no time of a kernel
                         call()
                 except Exception as error:  # a peer, or ours, that cannot: the report says so and goes on
                     failed[peer] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    del case.calls[peer]
+                    del calls[peer]
             rows.append(
                 {
                     "shape": shape.name,
                     "case": case.name,
                     "owner": registry.owner_on(case.op, owners.place(device), DTYPE).backend,
-                    "seconds": harness.interleaved(case.calls, timer) if case.calls else {},
+                    "seconds": harness.interleaved(calls, timer) if calls else {},
                     "floor": _floor(case, shape, known_device(name)),
                     "failed": failed,
+                    "missing": missing,
                 }
             )
             print(f"{shape.name}: {case.name}", flush=True)

@@ -8,6 +8,7 @@ runs (parameters by value or list of values; several marks add up; without argum
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,16 @@ class Missing:
     """A peer that cannot run here, and why: the results name it."""
 
     why: str = "not installed"
+
+
+def optional(module: str, function: str) -> Callable[..., Any] | Missing:
+    """A function of a package that may not be there: a peer."""
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError:
+        return Missing("not installed")
+    except (ImportError, AttributeError) as error:
+        return Missing(f"{type(error).__name__}: {error}")
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any] | Missing:

@@ -95,15 +95,20 @@ def document(
     }
 
 
+def check_same_source(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises ValueError where rows of two runs do not belong into one file: two of what machine() tells."""
+    if different := [name for name, value in new.items() if old.get(name) != value]:
+        was = ", ".join(f"{name} {old.get(name)!r}, now {new[name]!r}" for name in different)
+        raise ValueError(f"the results that are there cannot be kept beside new ones: {was}")
+
+
 def merged(old: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """``new`` with the rows of those suites of ``old`` that it does not have, in the suites' order; for a run in parts.
 
     Raises:
         ValueError: they come from different machines, versions or commits.
     """
-    if different := [n for n, value in new["machine"].items() if old["machine"].get(n) != value]:
-        was = ", ".join(f"{n} {old['machine'].get(n)!r}, now {new['machine'][n]!r}" for n in different)
-        raise ValueError(f"the results that are there cannot be kept beside the new ones: {was}")
+    check_same_source(old["machine"], new["machine"])
     fresh = {row["suite"] for row in new["rows"]}
     rows = [row for row in old["rows"] if row["suite"] not in fresh] + new["rows"]
     ceilings = {n: limits.best(found, old["ceilings"].get(n, found)) for n, found in new["ceilings"].items()}

@@ -36,11 +36,11 @@ def plain_torch(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def hugging_face(options):
-    """The same with transformers' processors, or None where transformers is missing."""
+    """The same with transformers' processors."""
     try:
         from transformers.generation import logits_process as hf
     except ImportError:
-        return None
+        return harness.Missing("transformers is not installed")
     makers = {
         "temperature": hf.TemperatureLogitsWarper,
         "top_k": hf.TopKLogitsWarper,
@@ -63,7 +63,7 @@ def test_sample(benchmark, rows, name, dtype):
     options = OPTIONS[name]
     logits = (torch.randn(rows, VOCABULARY) * 3).to(dtype)
     peers = {"torch by hand": harness.forward(plain_torch, logits, **options)}
-    if name != "greedy" and (call := hugging_face(options)) is not None:
-        peers["Hugging Face"] = harness.forward(call, logits)
+    if name != "greedy":
+        peers["Hugging Face"] = harness.forward(hugging_face(options), logits)
     ours = harness.forward(ops.sample, logits, **options)
     harness.versus(benchmark, ours, peers, bytes=logits.numel() * logits.element_size(), flops=5 * logits.numel())

@@ -46,6 +46,16 @@ def test_refusals(arguments, message):
     assert message in result.stderr
 
 
+def test_what_cannot_be_written_is_refused_before_the_run(tmp_path):
+    (tmp_path / "bench.json").write_text("{}")
+    result = CliRunner().invoke(app, ["bench", "gelu", "--keep", "--results", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "is not a results file of `fastgpt bench`" in result.stderr
+    result = CliRunner().invoke(app, ["bench", "gelu", "--results", str(tmp_path / "bench.json")])
+    assert result.exit_code == 2
+    assert "is a file" in result.stderr
+
+
 @pytest.mark.slow
 def test_a_suite_end_to_end(tmp_path):
     result = run("scaling", "--quick", "--minutes", "0.1", "--results", str(tmp_path))

@@ -298,7 +298,7 @@ def test_a_run_in_parts():
     both = report.merged(old, new)
     assert [(r["suite"], r["seconds"]) for r in both["rows"]] == [("adamw", 4.0), ("gelu", 3.0), ("sample", 2.0)]
     assert both["complete"]
-    with pytest.raises(ValueError, match="cannot be kept beside the new ones: commit 'other', now 'abc1234'"):
+    with pytest.raises(ValueError, match="cannot be kept beside new ones: commit 'other', now 'abc1234'"):
         report.merged(document(row(), commit="other"), new)
 
 

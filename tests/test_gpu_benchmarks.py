@@ -78,6 +78,7 @@ def test_the_report(tmp_path):
             "seconds": {"cuda": 1e-4, "triton": 1.5e-4, "torch": 2e-4, "Liger": 1.1e-4},
             "floor": 5e-5,
             "failed": {"torch.compile": "RuntimeError: no"},
+            "missing": {"flash-attn": "not installed"},
         },
         {
             "shape": SHAPES[0].name,
@@ -86,6 +87,7 @@ def test_the_report(tmp_path):
             "seconds": {},
             "floor": None,
             "failed": {"triton": "Error: x"},
+            "missing": {},
         },
     ]
     steps = [
@@ -100,12 +102,10 @@ def test_the_report(tmp_path):
     assert "| tests | passed | 12 s | 100 passed |" in text
     assert "| compute-sanitizer memcheck | **failed** (status 1) | 3 s | ERROR SUMMARY: 2 errors |" in text
     assert "| compute-sanitizer racecheck | not run | | compute-sanitizer was not found |" in text
-    assert "| case | owner | CUDA | Triton | torch | of the floor | the owner is | failed |" in text
+    assert "| case | owner | CUDA | Triton | torch | of the floor | the owner is | failed or missing |" in text
     ratios = "1.50x Triton, 2.00x torch, 1.10x Liger"
-    assert (
-        f"| gelu forward | CUDA | 100.0 us | 150.0 us | 200.0 us | 50 % | {ratios} | torch.compile: RuntimeError: no |"
-        in text
-    )
+    absent = "torch.compile: RuntimeError: no; flash-attn: not installed"
+    assert f"| gelu forward | CUDA | 100.0 us | 150.0 us | 200.0 us | 50 % | {ratios} | {absent} |" in text
     assert "| sample | Triton | - | - | - | | | triton: Error: x |" in text
     assert not list(tmp_path.glob("*.tmp"))
 

@@ -91,5 +91,17 @@ def bench(
         options = [f"--{name}" for name, wanted in (("quick", quick), ("long", long), ("keep", keep)) if wanted]
         options += [f"--minutes={minutes or (1.5 if quick else 9)}", f"--results={results.resolve()}"]
         command = ["-q", "-p", "no:cacheprovider", "--benchmark-quiet", "-o", "console_output_style=classic", *options]
+        _check_writable(results, keep)
         os.chdir(ROOT)
         raise typer.Exit(int(pytest.main([*command, *(str(known[name]) for name in names or known)])))
+
+
+def _check_writable(folder: Path, keep: bool) -> None:
+    """Now rather than after ten minutes of measuring."""
+    from benchmarks import report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"the folder for the results, {folder}, cannot be written")
+    if keep and (folder / "bench.json").exists():
+        report.check_same_source(report.read(folder / "bench.json")["machine"], report.machine())

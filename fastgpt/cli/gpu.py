@@ -110,7 +110,7 @@ def _benchmark_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "",
             f"### {shape}",
             "",
-            f"| case | owner | {' | '.join(columns.values())} | of the floor | the owner is | failed |",
+            f"| case | owner | {' | '.join(columns.values())} | of the floor | the owner is | failed or missing |",
         ]
         lines.append("| --- " * (len(columns) + 5) + "|")
         for row in (row for row in rows if row["shape"] == shape):
@@ -122,7 +122,7 @@ def _benchmark_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 *(_duration(row["seconds"][name]) if name in row["seconds"] else "-" for name in columns),
                 f"{row['floor'] / ours:.0%}".replace("%", " %") if ours and row["floor"] else "",
                 ", ".join(f"{seconds / ours:.2f}x {name}" for name, seconds in peers.items()) if ours else "",
-                "; ".join(f"{name}: {why}" for name, why in row["failed"].items()),
+                "; ".join(f"{name}: {why}" for name, why in {**row["failed"], **row["missing"]}.items()),
             ]
             lines.append(re.sub(r" +\|", " |", "| " + " | ".join(cells) + " |"))
     return lines
