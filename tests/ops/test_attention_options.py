@@ -215,9 +215,12 @@ def test_softcap_bounds_extreme_scores(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_log_sum_exp_has_the_sink(backend):
-    t = {name: x.detach().float() for name, x in make((2, 4, 2, 20, 30, 16, 16)).items()}
-    mask = torch.ones(20, 30, dtype=torch.bool).tril(-3)  # queries 0, 1, 2 see no key
+@pytest.mark.parametrize("keys", [30, 300])
+def test_the_log_sum_exp_has_the_sink(keys, backend):
+    """Of keys in one piece, and in two, as kernels split those of few queries."""
+    t = {name: x.detach().float() for name, x in make((2, 4, 2, 20, keys, 16, 16)).items()}
+    mask = torch.ones(20, keys, dtype=torch.bool).tril(-3)  # queries 0, 1, 2 see no key
+    mask[3:, 280:] = True
     scores = (0.25 * t["query"] @ t["key"].repeat_interleave(2, 1).mT).masked_fill(~mask, -math.inf)
     sinks = t["sinks"].view(4, 1, 1).expand(2, 4, 20, 1)
     tensors = (t["query"], t["key"], t["value"], mask[None, None])
