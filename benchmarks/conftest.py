@@ -59,7 +59,7 @@ class Session:
         self.left = self.count = 0
         self.idle = ""  # suites without a case in a run of this kind
         self.ceilings: dict[str, dict[str, float]] = {}
-        harness.settings.quick = config.getoption("quick")
+        harness.settings.quick, harness.settings.long = config.getoption("quick"), config.getoption("long")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is written
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -72,9 +72,9 @@ class Session:
         if idle := sorted({item.path.stem for item in items} - {item.path.stem for item in chosen}):
             self.idle = ", ".join(idle)
         items[:] = chosen
-        self.left = self.count = len(chosen)
 
     def pytest_runtestloop(self, session: pytest.Session) -> None:
+        self.left = self.count = len(session.items)
         if self.count and not session.config.option.collectonly and not session.config.getoption("benchmark_disable"):
             self._measure_ceilings()
         self.end = time.monotonic() + 60 * session.config.getoption("minutes")

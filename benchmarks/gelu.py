@@ -1,4 +1,7 @@
-"""gelu against torch eager. Bytes: forward reads x and writes y; backward reads x and dy and writes dx."""
+"""gelu against torch eager and torch.compile.
+
+Bytes: forward reads x and writes y; backward reads x and dy and writes dx.
+"""
 
 import pytest
 import torch
@@ -17,11 +20,8 @@ ROWS, COLS = 4096, 3072
 def test_gelu(benchmark, work, approximate, bias, dtype):
     x = torch.randn(ROWS, COLS, dtype=dtype, requires_grad=True)
     options = {"bias": torch.randn(COLS, dtype=dtype, requires_grad=True)} if bias == "bias" else {}
-    calls = {
-        backend: getattr(harness, work)(ops.gelu, x, approximate, backend=backend, **options)
-        for backend in ("fused", "torch")
-    }
+    ours, peers = harness.sides(work, ops.gelu, x, approximate, **options)
     tensors = {"forward": 2, "forward_backward": 5}[work]
     flops = {"none": 5, "tanh": 9}[approximate] * {"forward": 1, "forward_backward": 3}[work] * x.numel()
     moved = tensors * x.numel() * x.element_size()
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=moved, flops=flops)
+    harness.versus(benchmark, ours, peers, bytes=moved, flops=flops)

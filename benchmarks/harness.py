@@ -8,6 +8,7 @@ runs (parameters by value or list of values; several marks add up; without argum
 
 from __future__ import annotations
 
+import functools
 import importlib
 import statistics
 import time
@@ -34,6 +35,7 @@ class Settings:
 
     seconds: float = 1.5  # of measuring, all calls together
     quick: bool = False
+    long: bool = False
 
 
 settings = Settings()
@@ -56,12 +58,27 @@ def optional(module: str, function: str) -> Callable[..., Any] | Missing:
         return Missing(f"{type(error).__name__}: {error}")
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any] | Missing:
-    """``function`` under torch.compile with its shapes compiled in: a peer. A quick run has no time to compile."""
-    if settings.quick:
-        return Missing("left out of a quick run")
+def compiled(function: Callable[..., Any], *, long: bool = False) -> Callable[..., Any] | Missing:
+    """``function`` under torch.compile with its shapes compiled in: a peer. A quick run has no time to compile, and
+    only a long one compiles what is marked so here."""
+    if settings.quick or (long and not settings.long):
+        return Missing("needs --long" if long else "left out of a quick run")
     torch.compiler.reset()  # or the cases before this one would count against its limit of recompilations
-    return torch.compile(function, **{"dynamic": False, **options})
+    return torch.compile(function, dynamic=False)
+
+
+def sides(work: str, op: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Call, dict[str, Call | Missing]]:
+    """Ours and its peers, torch eager and torch.compile, for an operator; ``work`` is forward or forward_backward.
+
+    The forward pass alone is compiled in a long run only: compiling takes seconds a case.
+    """
+    make = {"forward": forward, "forward_backward": forward_backward}[work]
+    plain = functools.partial(op, backend="torch")
+    peers = {
+        "torch": make(plain, *inputs, **options),
+        "torch.compile": make(compiled(plain, long=work == "forward"), *inputs, **options),
+    }
+    return make(functools.partial(op, backend="fused"), *inputs, **options), peers
 
 
 def versus(

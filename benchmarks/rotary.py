@@ -19,11 +19,8 @@ B, H, T, D = 4, 12, 1024, 64
 def test_rotary(benchmark, work, pairs, dtype):
     x = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2).requires_grad_()
     cos, sin = ops.rotary_tables(T, D)
-    calls = {
-        backend: getattr(harness, work)(ops.rotary, x, cos, sin, interleaved=pairs == "interleaved", backend=backend)
-        for backend in ("fused", "torch")
-    }
+    ours, peers = harness.sides(work, ops.rotary, x, cos, sin, interleaved=pairs == "interleaved")
     tensors = {"forward": 2, "forward_backward": 4}[work]
     flops = 3 * x.numel() * {"forward": 1, "forward_backward": 2}[work]
     moved = tensors * x.numel() * x.element_size()
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=moved, flops=flops)
+    harness.versus(benchmark, ours, peers, bytes=moved, flops=flops)

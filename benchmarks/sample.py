@@ -6,7 +6,6 @@ import torch
 from benchmarks import harness
 from fastgpt import ops
 
-VOCABULARY = 50257
 OPTIONS = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 0.8},
@@ -55,13 +54,15 @@ def hugging_face(options):
     return call
 
 
-@pytest.mark.quick(name="top_k_top_p", dtype=torch.float32)
+@pytest.mark.quick(vocabulary=50257, name="top_k_top_p", dtype=torch.float32)
+@pytest.mark.long(vocabulary=128256, name=[name for name in OPTIONS if name != "top_k_top_p"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("rows", [1, 16])
-def test_sample(benchmark, rows, name, dtype):
+@pytest.mark.parametrize("vocabulary", [50257, 128256])
+def test_sample(benchmark, vocabulary, rows, name, dtype):
     options = OPTIONS[name]
-    logits = (torch.randn(rows, VOCABULARY) * 3).to(dtype)
+    logits = (torch.randn(rows, vocabulary) * 3).to(dtype)
     peers = {"torch by hand": harness.forward(plain_torch, logits, **options)}
     if name != "greedy":
         peers["Hugging Face"] = harness.forward(hugging_face(options), logits)

@@ -1,4 +1,4 @@
-"""swiglu against torch eager, packed (one projection holds gate and up) and as two tensors.
+"""swiglu against torch eager and torch.compile, packed (one projection holds gate and up) and as two tensors.
 
 Bytes: forward reads gate and up and writes y; backward reads dy, gate and up and writes dgate and dup.
 """
@@ -19,8 +19,8 @@ ROWS, COLS = 4096, 2048
 def test_swiglu(benchmark, work, form, dtype):
     shapes = [(ROWS, 2 * COLS)] if form == "packed" else [(ROWS, COLS)] * 2
     inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    calls = {backend: getattr(harness, work)(ops.swiglu, *inputs, backend=backend) for backend in ("fused", "torch")}
+    ours, peers = harness.sides(work, ops.swiglu, *inputs)
     tensors = {"forward": 3, "forward_backward": 8}[work]
     flops = {"forward": 5, "forward_backward": 16}[work] * ROWS * COLS
     moved = tensors * ROWS * COLS * inputs[0].element_size()
-    harness.versus(benchmark, calls.pop("fused"), calls, bytes=moved, flops=flops)
+    harness.versus(benchmark, ours, peers, bytes=moved, flops=flops)
