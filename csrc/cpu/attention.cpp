@@ -5,6 +5,9 @@
 //                            l = l exp(m - m') + sum(p),  o = o exp(m - m') + p v,  m = m'
 //   out = o / l,  lse = m + log(l)
 //
+// A sink is a key without a value, met first: m = sink, l = 1. Dropout clears weights of p after they were summed, and
+// out is scaled by what it keeps.
+//
 // Flops: 4 T S D a head, half of that when causal. The T x S scores never exist: a group of kRows queries meets kKeys
 // keys in a tile of a few kB. K and V of a head are packed once a task, in blocks that stay in the second-level cache,
 // and are shared by all query heads of the group. Blocks outside the band of the causal rule and the window are
@@ -13,7 +16,7 @@
 // A few queries over many keys (decoding) read K and V once, in place (`direct`).
 //
 // One row's result does not depend on the rows beside it, so tasks may be cut as the number of threads likes.
-#include "cpu/attention.h"
+#include "cpu/attention_options.h"
 
 namespace fastgpt::FASTGPT_ISA {
 namespace {
@@ -27,11 +30,13 @@ template <class Dot, class T>
 struct Task {
   const AttentionForward& p;
   const Band band;
+  const Dropout dropout;
+  const bool options = has_score_options(p);
   const int64_t dim_words = (p.dim + Dot::kPair - 1) / Dot::kPair;
   const int64_t out_vectors = (p.value_dim + kLanes - 1) / kLanes;
   const int64_t out_width = out_vectors * kLanes;
 
-  explicit Task(const AttentionForward& params) : p(params), band(params) {}
+  Task(const AttentionForward& params, int64_t first_head) : p(params), band(params), dropout(params, first_head) {}
 
   int64_t group() const { return p.heads / p.kv_heads; }
   int64_t key_block_words() const { return dim_words * kKeys; }
@@ -47,7 +52,8 @@ struct Task {
     pack_rows<Dot>(q, dim_words, head(static_cast<const T*>(p.q), p.q_strides, b, h) + i * p.q_strides[2],
                    p.q_strides[2], n, kRows, p.dim);
     std::memset(o, 0, sizeof(float) * static_cast<size_t>(kRows * out_width));
-    for (int r = 0; r < kLanes; ++r) m[r] = -__builtin_inff();
+    for (int r = 0; r < kLanes; ++r) m[r] = p.sinks ? p.sinks[h] : -__builtin_inff();
+    for (int r = 0; r < kRows; ++r) l[r][0] = sink_weight(h);
 
     const float scale = static_cast<float>(p.scale);
     const int64_t begin = band.first(i) / kKeys, end = (band.last(i + n - 1) + kKeys - 1) / kKeys;
@@ -57,10 +63,13 @@ struct Task {
       if (columns.empty()) continue;
       const float* keys = k + (block - first_block) * key_block_words();
       dot_products<Dot>(s, kKeys, q, dim_words, keys, kKeys, dim_words, columns, scale);
-      if (p.mask)
-        for (int64_t r = 0; r < n; ++r) add_mask(p, s + r * kKeys, b, h, i + r, key, columns);
+      if (options)
+        for (int64_t r = 0; r < n; ++r) apply_options(p, s + r * kKeys, nullptr, b, h, i + r, key, columns);
       for (int64_t r = 0; r < n; ++r) hide(s + r * kKeys, band, i + r, key, columns, -__builtin_inff());
       softmax(s, m, alpha, l, columns);
+      if (dropout)
+        for (int64_t r = 0; r < n; ++r)
+          drop(reinterpret_cast<typename Dot::Element*>(s + r * kKeys), b, h, i + r, key, columns);
       const float* values = v + (block - first_block) * value_block_words() + columns.begin / Dot::kPair * out_width;
       for_each_column_tile(out_vectors, [&](auto tile, int64_t at) {
         float* to = o + at * kLanes;
@@ -101,25 +110,65 @@ struct Task {
     }
   }
 
+  // What l begins with: the weight of the sink, which m begins with.
+  float sink_weight(int64_t h) const { return p.sinks && p.sinks[h] != -__builtin_inff() ? 1.0f : 0.0f; }
+
+  // Clears the weights of query i that dropout drops.
+  template <class E>
+  void drop(E* weights, int64_t b, int64_t h, int64_t i, int64_t key, Columns columns) const {
+    dropout.for_each(b * p.heads + h, i, key, columns, [&](int64_t c, bool kept) {
+      if (!kept) weights[c] = E{};
+    });
+  }
+
+  // Key or value rows [i, i + count) of head (b, g): f(rows, n) for each run of n that lie evenly, in one page.
+  template <class F>
+  void for_each_run(const void* x, const int64_t (&strides)[3], int64_t b, int64_t g, int64_t i, int64_t count,
+                    F&& f) const {
+    const T* rows = static_cast<const T*>(x) + g * strides[1];
+    if (!p.block_table) return f(rows + b * strides[0] + i * strides[2], count);
+    for (int64_t end = i + count; i < end;) {
+      const int64_t in_page = i % p.page_size, n = least(end - i, p.page_size - in_page);
+      f(rows + p.block_table[i / p.page_size] * strides[0] + in_page * strides[2], n);
+      i += n;
+    }
+  }
+
   // out = o / l and lse = m + log(l) of one query. l == 0: it saw no key.
   void finish(int64_t b, int64_t h, int64_t i, const float* o, float m, float l) const {
     T* out = head(static_cast<T*>(p.out), p.out_strides, b, h) + i * p.out_strides[2];
     const float divisor = l == 0.0f ? 1.0f : l;  // o is zero then
-    for (int64_t c = 0; c < p.value_dim; c += kLanes) store(out + c, load(o + c) / divisor, p.value_dim - c);
-    p.lse[(b * p.heads + h) * p.queries + i] = l == 0.0f ? __builtin_inff() : m + log(splat(l))[0];
+    for (int64_t c = 0; c < p.value_dim; c += kLanes)
+      store(out + c, load(o + c) * dropout.scale / divisor, p.value_dim - c);
+    p.lse[b * p.lse_strides[0] + h * p.lse_strides[1] + i] = l == 0.0f ? __builtin_inff() : m + log(splat(l))[0];
   }
 
-  // Packs the blocks of keys [first_block, end_block) of key/value head (b, g).
-  void pack(int64_t b, int64_t g, int64_t first_block, int64_t end_block, float* k, float* v) const {
-    const T* key = head(static_cast<const T*>(p.k), p.k_strides, b, g);
-    const T* value = head(static_cast<const T*>(p.v), p.v_strides, b, g);
+  // Packs the blocks of keys [first_block, end_block) of key/value head (b, g). False when memory is short.
+  bool pack(int64_t b, int64_t g, int64_t first_block, int64_t end_block, float* k, float* v) const {
+    AlignedBuffer<T> gathered(p.block_table ? kKeys * most(p.dim, p.value_dim) : 0);
+    if (!gathered) return false;
+    // f(rows, stride) of a block of keys, with the pieces of its pages side by side.
+    const auto block_of = [&](const void* x, const int64_t (&strides)[3], int64_t dim, int64_t at, int64_t count,
+                              auto&& f) {
+      if (!p.block_table) return f(head(static_cast<const T*>(x), strides, b, g) + at * strides[2], strides[2]);
+      T* to = gathered.data();
+      for_each_run(x, strides, b, g, at, count, [&](const T* rows, int64_t n) {
+        for (int64_t r = 0; r < n; ++r, to += dim)
+          std::memcpy(to, rows + r * strides[2], static_cast<size_t>(dim) * sizeof(T));
+      });
+      f(static_cast<const T*>(gathered.data()), dim);
+    };
     for (int64_t block = first_block; block < end_block; ++block) {
       const int64_t at = block * kKeys, count = least(kKeys, p.keys - at);
-      pack_transposed<Dot>(k, key + at * p.k_strides[2], p.k_strides[2], count, kKeys, p.dim);
-      pack_pairs<Dot>(v, value + at * p.v_strides[2], p.v_strides[2], count, kKeys, p.value_dim, out_width);
+      block_of(p.k, p.k_strides, p.dim, at, count,
+               [&](const T* rows, int64_t stride) { pack_transposed<Dot>(k, rows, stride, count, kKeys, p.dim); });
+      block_of(p.v, p.v_strides, p.value_dim, at, count, [&](const T* rows, int64_t stride) {
+        pack_pairs<Dot>(v, rows, stride, count, kKeys, p.value_dim, out_width);
+      });
       k += key_block_words();
       v += value_block_words();
     }
+    return true;
   }
 
   // Piece `piece` of `pieces` of the query blocks of key/value head (b, g). Blocks are dealt 0, last, 1, last - 1, ...
@@ -137,8 +186,7 @@ struct Task {
     const int64_t first_block = first / kKeys, end_block = most((last + kKeys - 1) / kKeys, first_block);
     AlignedBuffer<float> k((end_block - first_block) * key_block_words());
     AlignedBuffer<float> v((end_block - first_block) * value_block_words());
-    if (!k || !v) return false;
-    pack(b, g, first_block, end_block, k.data(), v.data());
+    if (!k || !v || !pack(b, g, first_block, end_block, k.data(), v.data())) return false;
     for (int64_t h = g * group(); h < (g + 1) * group(); ++h)
       for (int64_t n = begin; n < end; ++n) {
         const int64_t from = dealt(n) * kQueries, to = least(from + kQueries, p.queries);
@@ -151,29 +199,32 @@ struct Task {
   void direct(int64_t b, int64_t g) const {
     alignas(64) float q[kDirectRows * 256], o[kDirectRows * 256];
     alignas(64) float s[kDirectRows * kDirectKeys];
-    float m[kDirectRows], l[kDirectRows] = {};
-    const T* key = head(static_cast<const T*>(p.k), p.k_strides, b, g);
-    const T* value = head(static_cast<const T*>(p.v), p.v_strides, b, g);
+    float m[kDirectRows], l[kDirectRows];
     const int64_t rows = group() * p.queries, word_stride = round_up(dim_words, kLanes);
     int64_t first = p.keys, last = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = g * group() + r / p.queries, i = r % p.queries;
       pack_rows<Dot>(q + r * word_stride, word_stride,
                      head(static_cast<const T*>(p.q), p.q_strides, b, h) + i * p.q_strides[2], 0, 1, 1, p.dim);
-      m[r] = -__builtin_inff();
+      m[r] = p.sinks ? p.sinks[h] : -__builtin_inff();
+      l[r] = sink_weight(h);
       first = least(first, band.first(i));
       last = most(last, band.last(i));
     }
     std::memset(o, 0, sizeof(float) * static_cast<size_t>(rows * out_width));
     for (int64_t at = first; at < last; at += kDirectKeys) {
       const int64_t count = least(kDirectKeys, last - at);
-      dot_rows<Dot>(s, kDirectKeys, q, word_stride, rows, key + at * p.k_strides[2], p.k_strides[2], count, p.dim,
-                    static_cast<float>(p.scale));
+      int64_t done = 0;
+      for_each_run(p.k, p.k_strides, b, g, at, count, [&](const T* key, int64_t n) {
+        dot_rows<Dot>(s + done, kDirectKeys, q, word_stride, rows, key, p.k_strides[2], n, p.dim,
+                      static_cast<float>(p.scale));
+        done += n;
+      });
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t h = g * group() + r / p.queries, i = r % p.queries;
         const Columns columns(count);
         float* row = s + r * kDirectKeys;
-        if (p.mask) add_mask(p, row, b, h, i, at, columns);
+        if (options) apply_options(p, row, nullptr, b, h, i, at, columns);
         hide(row, band, i, at, columns, -__builtin_inff());
         Vec top = splat(m[r]);
         for (int64_t c = 0; c < columns.end; c += kLanes) top = max(top, load(row + c));
@@ -187,7 +238,12 @@ struct Task {
         }
         m[r] = now;
         l[r] = l[r] * alpha + sum(total);
-        weighted_sum(row, value + at * p.v_strides[2], count, alpha, o + r * out_width);
+        if (dropout) drop(row, b, h, i, at, columns);
+        float keep = alpha;
+        for_each_run(p.v, p.v_strides, b, g, at, count, [&](const T* value, int64_t n) {
+          weighted_sum(row, value, n, keep, o + r * out_width);
+          row += n, keep = 1.0f;
+        });
       }
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -213,12 +269,16 @@ struct Task {
   }
 };
 
+double flops_of(const AttentionForward& p) {  // of a key/value head
+  return 2.0 * static_cast<double>(p.queries) * static_cast<double>(p.keys) * static_cast<double>(p.dim + p.value_dim) *
+         static_cast<double>(p.heads / p.kv_heads);
+}
+
 template <class T, class Dot>
-Status forward(const AttentionForward& p) {
-  const Task<Dot, T> task(p);
+Status forward(const AttentionForward& p, int64_t first_head) {
+  const Task<Dot, T> task(p, first_head);
   const int64_t heads = p.batch * p.kv_heads;
-  const double flops = 2.0 * static_cast<double>(p.queries) * static_cast<double>(p.keys) *
-                       static_cast<double>(p.dim + p.value_dim) * static_cast<double>(task.group());
+  const double flops = flops_of(p);
   if (task.group() * p.queries <= kDirectRows) {
     parallel_for(0, heads, static_cast<int64_t>(kGrainFlops / (flops + 1)) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) task.direct(n / p.kv_heads, n % p.kv_heads);
@@ -246,8 +306,12 @@ Status forward(const AttentionForward& p) {
 
 Status attention_forward(const AttentionForward& p) {
   if (p.dim > 256 || p.value_dim > 256) return {Status::unsupported_shape, 0, most(p.dim, p.value_dim)};
-  return dispatch_dot(p.dtype,
-                      [&](auto tag, auto dot) { return forward<typename decltype(tag)::type, decltype(dot)>(p); });
+  return for_each_sequence(p, flops_of(p) * static_cast<double>(p.kv_heads), kGrainFlops,
+                           [&](const AttentionForward& one, int64_t first_head) {
+                             return dispatch_dot(p.dtype, [&](auto tag, auto dot) {
+                               return forward<typename decltype(tag)::type, decltype(dot)>(one, first_head);
+                             });
+                           });
 }
 
 }  // namespace fastgpt::FASTGPT_ISA

@@ -245,39 +245,6 @@ inline void hide(float* s, const Band& band, int64_t i, int64_t key, Columns col
   for (int64_t c = most(last, columns.begin); c < columns.end; ++c) s[c] = value;
 }
 
-template <class M>
-void add_mask_row(float* s, const M* mask, int64_t stride, int64_t count) {
-  if (stride == 0) {
-    const float value = to_float(*mask);
-    for (int64_t c = 0; c < count; ++c) s[c] += value;
-  } else if (stride == 1) {
-    int64_t c = 0;
-    for (; c + kLanes <= count; c += kLanes) store(s + c, load(s + c) + load(mask + c));
-    for (; c < count; ++c) s[c] += to_float(mask[c]);
-  } else {
-    for (int64_t c = 0; c < count; ++c) s[c] += to_float(mask[c * stride]);
-  }
-}
-
-// s[c] += mask(b, h, i, key + c) for the columns; -inf where a boolean mask is false.
-template <class Params>
-void add_mask(const Params& p, float* s, int64_t b, int64_t h, int64_t i, int64_t key, Columns columns) {
-  const int64_t at =
-      b * p.mask_strides[0] + h * p.mask_strides[1] + i * p.mask_strides[2] + (key + columns.begin) * p.mask_strides[3];
-  const int64_t stride = p.mask_strides[3], count = least(columns.end, p.keys - key) - columns.begin;
-  s += columns.begin;
-  if (p.mask_bool) {
-    const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + at;
-    for (int64_t c = 0; c < count; ++c) s[c] = mask[c * stride] ? s[c] : -__builtin_inff();
-    return;
-  }
-  switch (p.mask_dtype) {
-    case DType::f32: return add_mask_row(s, static_cast<const float*>(p.mask) + at, stride, count);
-    case DType::bf16: return add_mask_row(s, static_cast<const bf16*>(p.mask) + at, stride, count);
-    case DType::f16: return add_mask_row(s, static_cast<const f16*>(p.mask) + at, stride, count);
-  }
-}
-
 // The start of head (b, h) in a tensor with strides (batch, head, row).
 template <class T>
 inline T* head(T* x, const int64_t (&strides)[3], int64_t b, int64_t h) {

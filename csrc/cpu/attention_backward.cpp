@@ -1,7 +1,8 @@
 // attention, backward, from the inputs, the output and the log-sum-exp (FlashAttention, Dao et al., 2022, section 3.1).
 //
 //   P = exp(scale Q K^T + mask - lse),  dV = P^T dO,  dP = dO V^T,  delta = rowsum(dO * O),  dS = P * (dP - delta),
-//   dQ = scale dS K,  dK = scale dS^T Q
+//   dQ = scale dS K,  dK = scale dS^T Q;  dropout multiplies P in dV, and dP;  dS times 1 - tanh^2 where scores are
+//   capped dsink = -sum(exp(sink - lse) delta)
 //
 // Flops: five products, 10 T S D a head (the forward has two). P and dS exist only as tiles of kQueries x kKeys. For
 // every block of keys, for every block of queries: S and dP a group of rows at a time, then dV and dK of the block,
@@ -12,7 +13,7 @@
 // order. With heads enough for the threads one task does a key/value head with its whole group. With fewer, two passes
 // recompute S and dP, one over blocks of keys for dK and dV, one over blocks of queries for dQ: seven products instead
 // of five, but every core at work, and the same additions in the same order, so the same bits.
-#include "cpu/attention.h"
+#include "cpu/attention_options.h"
 
 namespace fastgpt::FASTGPT_ISA {
 namespace {
@@ -43,6 +44,8 @@ template <class Dot, class T>
 struct Task {
   const AttentionBackward& p;
   const Band band;
+  const Dropout dropout;
+  const bool options = has_score_options(p);
   const float scale = static_cast<float>(p.scale);
   const bool in_place = p.heads / p.kv_heads * p.queries <= kDirectRows;  // as the forward
   // Words in a row, in whole vectors: the same memory can then be read as A and, in float32, as B.
@@ -52,7 +55,7 @@ struct Task {
   const int64_t dim_stride = Dot::kPair == 1 ? dim_width : round_up(dim_words, kLanes);
   const int64_t value_stride = Dot::kPair == 1 ? value_width : round_up(value_words, kLanes);
 
-  explicit Task(const AttentionBackward& params) : p(params), band(params) {}
+  Task(const AttentionBackward& params, int64_t first_head) : p(params), band(params), dropout(params, first_head) {}
 
   int64_t group() const { return p.heads / p.kv_heads; }
   int64_t queries_in(int64_t block) const { return least(kQueries, p.queries - block * kQueries); }
@@ -146,7 +149,7 @@ struct Task {
       pack_pairs<Dot>(s.q_pairs, q, p.q_strides[2], count, rows, p.dim, dim_width);
       pack_pairs<Dot>(s.dout_pairs, dout, p.dout_strides[2], count, rows, p.value_dim, value_width);
     }
-    const float* lse = p.lse + (b * p.heads + h) * p.queries + from;
+    const float* lse = p.lse + b * p.lse_strides[0] + h * p.lse_strides[1] + from;
     // Rows past the end: exp(0 - inf) = 0, so they add nothing anywhere.
     for (int64_t i = 0; i < rows; ++i) s.lse[i] = i < count ? lse[i] : __builtin_inff();
     // delta = rowsum(dO * O) as the diagonal of dO O^T, in the very additions of dP: where a query sees one key, O = V
@@ -177,20 +180,27 @@ struct Task {
       const int64_t live = least(kRows, count - i);
       const Columns columns(band, query + i, query + i + live, key, kKeys);
       alignas(64) float p_rows[kRows * kKeys], ds_rows[kRows * kKeys];
+      alignas(64) float slopes[kRows * kKeys], keeps[kRows * kKeys];
+      if (p.softcap > 0) std::memset(slopes, 0, sizeof slopes);  // rows past the end stay zero
+      if (dropout) std::memset(keeps, 0, sizeof keeps);
       products(p_rows, s.q + (m + i) * dim_stride, dim_stride, keys_t, kKeys, dim_words, columns, live,
                head(static_cast<const T*>(p.k), p.k_strides, b, h / group()) + key * p.k_strides[2], p.k_strides[2],
                keys_in(key_block), p.dim, scale);
-      mask(b, h, query + i, live, key, columns, p_rows);
+      mask(b, h, query + i, live, key, columns, p_rows, slopes);
       products(ds_rows, s.dout + (m + i) * value_stride, value_stride, values_t, kKeys, value_words, columns, live,
                head(static_cast<const T*>(p.v), p.v_strides, b, h / group()) + key * p.v_strides[2], p.v_strides[2],
                keys_in(key_block), p.value_dim, 1.0f);
+      if (dropout) multipliers(b, h, query + i, live, key, columns, keeps);
       for (int64_t r = 0; r < kRows; ++r) {
         const float lse = s.lse[m + i + r], delta = s.delta[m + i + r];
-        for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
-          float* at = p_rows + r * kKeys + c;
-          const Vec e = exp_softmax(load(at) - lse);
-          store(at, e);
-          store(ds_rows + r * kKeys + c, e * (load(ds_rows + r * kKeys + c) - delta));
+        for (int64_t c = r * kKeys + columns.begin; c < r * kKeys + columns.end; c += kLanes) {
+          const Vec e = exp_softmax(load(p_rows + c) - lse);
+          Vec kept = e, dp = load(ds_rows + c);
+          if (dropout) kept = e * load(keeps + c), dp = dp * load(keeps + c);
+          Vec ds = e * (dp - delta);
+          if (p.softcap > 0) ds = ds * load(slopes + c);
+          store(p_rows + c, kept);
+          store(ds_rows + c, ds);
         }
       }
       if (part.want_dkv) {
@@ -215,11 +225,20 @@ struct Task {
   }
 
   // Masks the scores of kRows queries: -inf where a query does not see the key.
-  void mask(int64_t b, int64_t h, int64_t i, int64_t live, int64_t key, Columns columns, float* to) const {
+  void mask(int64_t b, int64_t h, int64_t i, int64_t live, int64_t key, Columns columns, float* to,
+            float* slopes) const {
     if (columns.empty()) return;
-    if (p.mask)
-      for (int64_t r = 0; r < live; ++r) add_mask(p, to + r * kKeys, b, h, i + r, key, columns);
+    if (options)
+      for (int64_t r = 0; r < live; ++r)
+        apply_options(p, to + r * kKeys, slopes + r * kKeys, b, h, i + r, key, columns);
     for (int64_t r = 0; r < live; ++r) hide(to + r * kKeys, band, i + r, key, columns, -__builtin_inff());
+  }
+
+  // What dropout multiplies the weights of kRows queries by.
+  void multipliers(int64_t b, int64_t h, int64_t i, int64_t live, int64_t key, Columns columns, float* to) const {
+    for (int64_t r = 0; r < live; ++r)
+      dropout.for_each(b * p.heads + h, i + r, key, columns,
+                       [&](int64_t c, bool kept) { to[r * kKeys + c] = kept ? dropout.scale : 0.0f; });
   }
 
   // Copies kRows rows into the tile that dV and dK read, zero outside the columns.
@@ -286,13 +305,45 @@ struct Task {
   }
 };
 
+double flops_of(const AttentionBackward& p) {  // of a key/value head
+  return 5.0 * static_cast<double>(p.queries) * static_cast<double>(p.keys) * static_cast<double>(p.dim + p.value_dim) *
+         static_cast<double>(p.heads / p.kv_heads);
+}
+
+// dsinks, over the batch and the queries in order; in double precision, for their terms cancel.
+template <class T>
+void sink_gradients(const AttentionBackward& p) {
+  const double flops = 2.0 * static_cast<double>(p.total_queries * p.value_dim);
+  parallel_for(0, p.heads, static_cast<int64_t>(kGrainFlops / (flops + 1)) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h) {
+      double total = 0;
+      for (int64_t b = 0; b < p.batch; ++b) {
+        const AttentionBackward one = sequence_of(p, b);
+        const T* dout = static_cast<const T*>(one.dout) + h * p.dout_strides[1];
+        const T* out = static_cast<const T*>(one.out) + h * p.out_strides[1];
+        const float* lse = one.lse + h * p.lse_strides[1];
+        for (int64_t i = 0; i < one.queries; ++i, dout += p.dout_strides[2], out += p.out_strides[2]) {
+          VecD delta = {};
+          for_each_vector(p.value_dim, [&](int64_t c, int64_t n) {
+            const Doubles x = to_double(load(dout + c, n)), y = to_double(load(out + c, n));
+            delta += x.low * y.low + x.high * y.high;
+          });
+          double sum = 0;
+          for (int lane = 0; lane < kLanes / 2; ++lane) sum += delta[lane];
+          total -= __builtin_exp(static_cast<double>(p.sinks[h]) - lse[i]) * sum;
+        }
+      }
+      p.dsinks[h] = static_cast<float>(total);
+    }
+  });
+}
+
 template <class T, class Dot>
-Status backward(const AttentionBackward& p) {
-  const Task<Dot, T> task(p);
+Status backward(const AttentionBackward& p, int64_t first_head) {
+  const Task<Dot, T> task(p, first_head);
   const int64_t heads = p.batch * p.kv_heads, threads = thread_count();
   const int64_t key_blocks = blocks_of(p.keys, kKeys), query_blocks = blocks_of(p.queries, kQueries);
-  const double flops = 5.0 * static_cast<double>(p.queries) * static_cast<double>(p.keys) *
-                       static_cast<double>(p.dim + p.value_dim) * static_cast<double>(task.group());
+  const double flops = flops_of(p);
   int32_t short_of_memory = 0;
   // Runs part(n) of `pieces` for every head.
   const auto run = [&](int64_t pieces, auto&& part) {
@@ -325,8 +376,19 @@ Status backward(const AttentionBackward& p) {
 
 Status attention_backward(const AttentionBackward& p) {
   if (p.dim > 256 || p.value_dim > 256) return {Status::unsupported_shape, 0, most(p.dim, p.value_dim)};
-  return dispatch_dot(p.dtype,
-                      [&](auto tag, auto dot) { return backward<typename decltype(tag)::type, decltype(dot)>(p); });
+  if (p.dsinks) {
+    const auto gradients = [&](auto tag) {
+      sink_gradients<typename decltype(tag)::type>(p);
+      return Status{};
+    };
+    dispatch_dtype(p.dtype, gradients);
+  }
+  return for_each_sequence(p, flops_of(p) * static_cast<double>(p.kv_heads), kGrainFlops,
+                           [&](const AttentionBackward& one, int64_t first_head) {
+                             return dispatch_dot(p.dtype, [&](auto tag, auto dot) {
+                               return backward<typename decltype(tag)::type, decltype(dot)>(one, first_head);
+                             });
+                           });
 }
 
 }  // namespace fastgpt::FASTGPT_ISA

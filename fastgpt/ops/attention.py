@@ -89,7 +89,7 @@ def attention(
     sinks = check_sinks("attention", sinks, query, heads)
     alibi = check_alibi("attention", alibi_slopes, query, lead)
 
-    why = refusal(query, value, o, sinks, alibi)
+    why = refusal(query, value)
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         why = "an attn_mask that requires grad"
     chosen = registry.resolve("attention", backend, query.device, why, query.dtype)

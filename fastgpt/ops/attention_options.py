@@ -131,21 +131,11 @@ def check_indices(op: str, name: str, tensor: Tensor, query: Tensor, dims: int) 
         )
 
 
-def refusal(
-    query: Tensor, value: Tensor, o: Options, sinks: Tensor | None, alibi: Tensor | None
-) -> str | dict[str, str] | None:
-    """Why the native kernels do not take a call, or which of them do not; for ``registry.resolve``."""
+def refusal(query: Tensor, value: Tensor) -> str | None:
+    """Why the native kernels do not take a call; for ``registry.resolve``."""
     if query.shape[-1] > MAX_HEAD_DIM or value.shape[-1] > MAX_HEAD_DIM:
         return f"a head dim above {MAX_HEAD_DIM}"
-    if why := unsupported_dtype(query):
-        return why
-    asked = {
-        "softcap": o.softcap > 0.0,
-        "dropout_p > 0": o.dropout_threshold > 0,
-        "sinks": sinks is not None,
-        "alibi_slopes": alibi is not None,
-    }
-    return {"cpu": ", ".join(name for name, wanted in asked.items() if wanted)} if any(asked.values()) else None
+    return unsupported_dtype(query)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

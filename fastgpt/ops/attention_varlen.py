@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastgpt.ops import attention_eager, checks, native, registry
-from fastgpt.ops.attention import native_backward, native_forward, reference, reference_backward
+from fastgpt.ops.attention import reference, reference_backward
 from fastgpt.ops.attention_options import (
     NO_CACHE,
     SCHEMA,
@@ -33,7 +32,7 @@ from fastgpt.ops.attention_options import (
     slopes_of,
     wide,
 )
-from fastgpt.ops.native import _C, Kernels
+from fastgpt.ops.native import Kernels
 
 _NAME = "attention_varlen"
 
@@ -90,7 +89,7 @@ def attention_varlen(
     o = options(_NAME, query, dropout_p, is_causal, scale, causal_alignment, window, softcap)
     sinks = check_sinks(_NAME, sinks, query, heads)
     alibi = check_alibi(_NAME, alibi_slopes, query, (batch, heads))
-    chosen = registry.resolve(_NAME, backend, query.device, refusal(query, value, o, sinks, alibi), query.dtype)
+    chosen = registry.resolve(_NAME, backend, query.device, refusal(query, value), query.dtype)
     seed = check_seed(_NAME, dropout_seed, query, o.dropout_threshold)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     if chosen == "torch":
@@ -153,7 +152,7 @@ def _bounds(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[
     return pairs
 
 
-# --- one sequence after the other: the reference, and the CPU kernel ---
+# --- reference: one sequence after the other ---
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -161,84 +160,66 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def _by_sequence(dense: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The operator from attention's forward, ``dense(..., first_head=)``."""
-
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        sinks: Tensor | None,
-        alibi: Tensor | None,
-        seed: Tensor | None,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        *numbers: Any,
-    ) -> tuple[Tensor, Tensor]:
-        total, heads, _ = query.shape
-        out = query.new_zeros(total, heads, value.shape[-1])
-        lse = query.new_full((heads, total), math.inf, dtype=wide(query.dtype))
-        queries = _bounds("q", cu_seqlens_q, total, max_seqlen_q)
-        keys = _bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
-        for b, ((q0, q1), (k0, k1)) in enumerate(zip(queries, keys, strict=True)):
-            q, k, v = (_heads_first(x) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-            o, row_lse = dense(q, k, v, None, sinks, slopes_of(alibi, b), seed, *numbers, first_head=b * heads)
-            out[q0:q1], lse[:, q0:q1] = o[0].transpose(0, 1), row_lse[0]
-        return out, lse
-
-    return forward
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    total, heads, _ = query.shape
+    out = query.new_zeros(total, heads, value.shape[-1])
+    lse = query.new_full((heads, total), math.inf, dtype=wide(query.dtype))
+    queries = _bounds("q", cu_seqlens_q, total, max_seqlen_q)
+    keys = _bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    for b, ((q0, q1), (k0, k1)) in enumerate(zip(queries, keys, strict=True)):
+        q, k, v = (_heads_first(x) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        o, row_lse = reference(q, k, v, None, sinks, slopes_of(alibi, b), seed, *numbers, first_head=b * heads)
+        out[q0:q1], lse[:, q0:q1] = o[0].transpose(0, 1), row_lse[0]
+    return out, lse
 
 
-def _by_sequence_backward(dense: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The backward from attention's, ``dense(..., first_head=)``."""
-
-    def backward(
-        dout: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        sinks: Tensor | None,
-        alibi: Tensor | None,
-        seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        *numbers: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        heads = query.shape[1]
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-        dsinks = query.new_empty(0) if sinks is None else torch.zeros_like(sinks)
-        queries = _bounds("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
-        keys = _bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
-        for b, ((q0, q1), (k0, k1)) in enumerate(zip(queries, keys, strict=True)):
-            do, q, o = (_heads_first(x[q0:q1]) for x in (dout, query, out))
-            k, v = (_heads_first(x[k0:k1]) for x in (key, value))
-            row_lse = lse[None, :, q0:q1].contiguous()
-            gradients = dense(
-                do, q, k, v, None, sinks, slopes_of(alibi, b), seed, o, row_lse, *numbers, False, first_head=b * heads
-            )
-            dq[q0:q1], dk[k0:k1], dv[k0:k1] = (g[0].transpose(0, 1) for g in gradients[:3])
-            if sinks is not None:
-                dsinks = dsinks + gradients[4]
-        return dq, dk, dv, dsinks
-
-    return backward
+def _reference_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads = query.shape[1]
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    dsinks = query.new_empty(0) if sinks is None else torch.zeros_like(sinks)
+    queries = _bounds("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+    keys = _bounds("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    for b, ((q0, q1), (k0, k1)) in enumerate(zip(queries, keys, strict=True)):
+        do, q, o = (_heads_first(x[q0:q1]) for x in (dout, query, out))
+        k, v = (_heads_first(x[k0:k1]) for x in (key, value))
+        slopes, row_lse = slopes_of(alibi, b), lse[None, :, q0:q1]
+        gradients = reference_backward(
+            do, q, k, v, None, sinks, slopes, seed, o, row_lse, *numbers, False, first_head=b * heads
+        )
+        dq[q0:q1], dk[k0:k1], dv[k0:k1] = (g[0].transpose(0, 1) for g in gradients[:3])
+        if sinks is not None:
+            dsinks = dsinks + gradients[4]
+    return dq, dk, dv, dsinks
 
 
-def _cpu_forward(*arguments: Any, first_head: int) -> tuple[Tensor, Tensor]:
-    return native_forward(_C.cpu, *arguments)  # first_head is dropout's, which the CPU kernel refuses
-
-
-def _cpu_backward(*arguments: Any, first_head: int) -> tuple[Tensor, ...]:
-    return native_backward(_C.cpu, *arguments)
-
-
-# --- kernels that know packed sequences ---
+# --- kernels ---
 
 
 def _fields(
@@ -406,17 +387,13 @@ _NUMBERS = f"int max_seqlen_q, int max_seqlen_k, {SCHEMA}"
 _op = registry.define(
     _NAME,
     f"({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)",
-    {"reference": _by_sequence(reference), **native.backends(_native), "cpu": _by_sequence(_cpu_forward)},
+    {"reference": _reference, **native.backends(_native)},
     _fake,
     _AttentionVarlen,
 )
 _op_backward = registry.define(
     f"{_NAME}_backward",
     f"(Tensor dout, {_TENSORS}, Tensor out, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    {
-        "reference": _by_sequence_backward(reference_backward),
-        **native.backends(_native_backward),
-        "cpu": _by_sequence_backward(_cpu_backward),
-    },
+    {"reference": _reference_backward, **native.backends(_native_backward)},
     _fake_backward,
 )

@@ -6,14 +6,13 @@ Pages: vLLM's PagedAttention (Kwon et al., 2023), with FlashAttention's argument
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.ops import attention_eager, checks, native, registry
-from fastgpt.ops.attention import native_forward, reference
+from fastgpt.ops.attention import reference
 from fastgpt.ops.attention_options import (
     SCHEMA,
     Options,
@@ -27,7 +26,7 @@ from fastgpt.ops.attention_options import (
     rows,
     slopes_of,
 )
-from fastgpt.ops.native import _C, Kernels
+from fastgpt.ops.native import Kernels
 
 _NAME = "attention_with_kvcache"
 
@@ -85,7 +84,7 @@ def attention_with_kvcache(
     for name, tensor in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{_NAME}: {name} requires grad, but there is no gradient; use torch.no_grad()")
-    chosen = registry.resolve(_NAME, backend, query.device, refusal(query, v_cache, o, sinks, alibi))
+    chosen = registry.resolve(_NAME, backend, query.device, refusal(query, v_cache))
     cache_seqlens = cache_seqlens.contiguous()
     block_table = None if block_table is None else block_table.contiguous()
     tensors = (query, k_cache, v_cache, cache_seqlens, block_table, sinks, alibi)
@@ -138,42 +137,33 @@ def _lengths(k_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None)
     return lengths
 
 
-# --- one sequence after the other: the reference, and the CPU kernel ---
+# --- reference: one sequence after the other ---
 
 
-def _by_sequence(dense: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    """The operator from attention's forward."""
-
-    def forward(
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        cache_seqlens: Tensor,
-        block_table: Tensor | None,
-        sinks: Tensor | None,
-        alibi: Tensor | None,
-        *numbers: Any,
-    ) -> Tensor:
-        *settings, _ = numbers
-        out = query.new_empty(*query.shape[:3], v_cache.shape[-1])
-        for b, length in enumerate(_lengths(k_cache, cache_seqlens, block_table)):
-            if block_table is None:
-                key, value = k_cache[b, :length], v_cache[b, :length]
-            else:
-                pages = block_table[b, : -(-length // k_cache.shape[1]) if length else 0]
-                key, value = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
-            q, k, v = (x.transpose(0, 1)[None] for x in (query[b], key, value))
-            out[b] = dense(q, k, v, None, sinks, slopes_of(alibi, b), None, *settings)[0][0].transpose(0, 1)
-        return out
-
-    return forward
+def _reference(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    *numbers: Any,
+) -> Tensor:
+    *settings, _ = numbers
+    out = query.new_empty(*query.shape[:3], v_cache.shape[-1])
+    for b, length in enumerate(_lengths(k_cache, cache_seqlens, block_table)):
+        if block_table is None:
+            key, value = k_cache[b, :length], v_cache[b, :length]
+        else:
+            pages = block_table[b, : -(-length // k_cache.shape[1]) if length else 0]
+            key, value = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[b], key, value))
+        out[b] = reference(q, k, v, None, sinks, slopes_of(alibi, b), None, *settings)[0][0].transpose(0, 1)
+    return out
 
 
-def _cpu_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return native_forward(_C.cpu, *arguments)
-
-
-# --- kernels that know a cache ---
+# --- kernels ---
 
 
 def _native(
@@ -228,6 +218,6 @@ _op = registry.define(
     _NAME,
     "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, Tensor? sinks,"
     f" Tensor? alibi, {SCHEMA}, int num_splits) -> Tensor",
-    {"reference": _by_sequence(reference), **native.backends(_native), "cpu": _by_sequence(_cpu_forward)},
+    {"reference": _reference, **native.backends(_native)},
     _fake,
 )

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastgpt
 from tests.ops import harness
 from tests.ops.harness import ops
-from tests.ops.test_attention_options import pairs, slopes
+from tests.ops.test_attention_options import slopes
 
 pytestmark = pytest.mark.few_interpreted
 
@@ -30,8 +29,6 @@ OPTIONS = {
         "window": (40, 2),
     },
 }
-FOR_CPU = ("all keys", "causal", "window")
-CASES = list(pairs(OPTIONS, BACKENDS, FOR_CPU))
 
 
 def int32(values):
@@ -82,7 +79,8 @@ def runner(option, heads, lengths=LENGTHS, **more):
 
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("length", [1, 3, 17])
-@pytest.mark.parametrize(("option", "backend"), CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_values(option, backend, length, dtype):
     for heads in HEADS[:2]:
         harness.check(runner(option, heads), make(heads, length), dtype, backend, gradients=False)
@@ -93,7 +91,7 @@ def test_values(option, backend, length, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_head_dims(backend, heads, dtype):
     for length in (1, 5):
-        for option in ("causal",) if backend == "cpu" else ("causal", "all"):
+        for option in ("causal", "all"):
             harness.check(runner(option, heads), make(heads, length), dtype, backend, gradients=False)
 
 
@@ -102,7 +100,7 @@ def test_head_dims(backend, heads, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_number_of_splits(backend, num_splits, dtype):
     """Without a window, and with one, which hides pieces."""
-    for length, option in [(1, "causal"), (4, "causal" if backend == "cpu" else "all")]:
+    for length, option in [(1, "causal"), (4, "all")]:
         run = runner(option, HEADS[0], num_splits=num_splits)
         harness.check(run, make(HEADS[0], length), dtype, backend, gradients=False)
 
@@ -123,7 +121,8 @@ def test_pieces_of_unequal_weight(backend, splits, dtype):
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64, 256])
-@pytest.mark.parametrize(("option", "backend"), CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_pages_are_a_cache(option, backend, page_size):
     """The same numbers as without pages, whatever lies in other pages and past the end of the sequences."""
     heads = HEADS[0]
@@ -143,7 +142,7 @@ def test_pages_are_a_cache(option, backend, page_size):
 @pytest.mark.parametrize("dtype", harness.FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_in_every_dtype(backend, dtype):
-    heads, option = HEADS[0], "causal" if backend == "cpu" else "all"
+    heads, option = HEADS[0], "all"
     t = harness.cast(make(heads, 2), dtype)
     pages, table = paged(t, 16)
     actual = runner(option, heads, block_table=table)(backend, **pages)
@@ -184,7 +183,8 @@ def test_queries_that_see_no_key_are_zero(dtype, backend):
     assert out[0].any(-1).all()
 
 
-@pytest.mark.parametrize(("option", "backend"), CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_is_attention_of_each_sequence(option, backend):
     heads = (4, 2, 16, 16)
     t = harness.cast(make(heads, 3), torch.float32)
@@ -232,7 +232,7 @@ def test_bits_do_not_depend_on_the_capacity(dtype, backend):
     heads, longer = (4, 2, 16, 16), 600
     t = harness.cast(make(heads, 2), dtype)
     large = {n: x if n == "query" else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, longer - 160)) for n, x in t.items()}
-    results = [runner("sinks" if backend != "cpu" else "causal", heads)(backend, **x) for x in (t, large)]
+    results = [runner("sinks", heads)(backend, **x) for x in (t, large)]
     harness.assert_same_bits([[r] for r in results], "the capacity matters")
 
 
@@ -264,7 +264,7 @@ def test_layouts(backend):
 def test_any_lengths(backend, lengths, queries, dim, page_size, left, right, num_splits, everything):
     t = make((4, 2, dim, dim), queries, lengths)
     options = {"window": (left, right), "num_splits": num_splits}
-    if everything and backend != "cpu":
+    if everything:
         options |= {"softcap": 3.0, "alibi_slopes": slopes(4), "sinks": torch.linspace(-2, 2, 4)}
     t = harness.cast(t, torch.float32)
     exact = runner("all keys", (4, 2), lengths, **options)("torch", **harness.cast(t, torch.float64))
@@ -292,10 +292,7 @@ def test_some_lengths(sizes, backend):
 def test_registration(backend):
     heads = (4, 2, 8, 8)
     t = harness.cast(make(heads, 2, [20, 7]), torch.float32)
-    extras, softcap = (None, None), 0.0
-    if backend != "cpu":
-        extras, softcap = (torch.randn(4), slopes(2, 4)), 3.0
-    numbers = (0.3, softcap, 0, 9, 0, True, 0, backend)
+    extras, numbers = (torch.randn(4), slopes(2, 4)), (0.3, 3.0, 0, 9, 0, True, 0, backend)
     harness.opcheck("attention_with_kvcache", (*t.values(), int32([20, 7]), None, *extras, *numbers))
     pages, table = paged(t, 16)
     harness.opcheck("attention_with_kvcache", (*pages.values(), int32([20, 7]), table, *extras, *numbers))
@@ -308,16 +305,6 @@ def test_compiles_without_graph_breaks(backend):
     run = runner("causal", heads, [20, 7], block_table=table)
     compiled = torch.compile(lambda **t: run(backend, **t), fullgraph=True, backend="aot_eager")
     harness.assert_same_bits([[run(backend, **t)], [compiled(**t)]], "compiled differs")
-
-
-def test_the_cpu_kernel_refuses_by_name():
-    t = harness.cast(make(HEADS[0], 1), torch.float32)
-    with pytest.raises(NotImplementedError, match=r"attention_with_kvcache: backend='cpu' does not take sinks;"):
-        runner("sinks", HEADS[0])("cpu", **t)
-    with fastgpt.strict():
-        runner("causal", HEADS[0])(None, **t)
-        with pytest.raises(fastgpt.FallbackError, match=r"attention_with_kvcache.*softcap"):
-            runner("softcap", HEADS[0])(None, **t)
 
 
 def test_there_is_no_gradient():
