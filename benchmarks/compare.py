@@ -99,24 +99,23 @@ def comparison(a: Path, b: Path) -> str:
     ]:
         lines += ["", "memory:", *_aligned(grown)]
     for title, rows, others in (("only in A", befores, afters), ("only in B", afters, befores)):
-        if alone := [[_label(row)] for key, row in rows.items() if key not in others]:
+        if alone := [[_title(row)] for key, row in rows.items() if key not in others]:
             lines += ["", f"{title}:", *_aligned(alone)]
-    if unlike := [[_label(afters[key])] for key, found in changes.items() if found is None]:
+    if unlike := [[_title(afters[key])] for key, found in changes.items() if found is None]:
         lines += ["", "not comparable (no peer in both):", *_aligned(unlike)]
     within = sum(found is not None and not found.counts for found in changes.values())
     lines += ["", f"{within} of {len(both)} rows in both are the same within the noise."]
     return "\n".join(lines)
 
 
-def _label(row: Row) -> str:
-    name = [] if row["name"] == row["suite"] else [row["name"]]
-    return " ".join(filter(None, [row["suite"], *name, report.label(row), row["dtype"]]))
+def _title(row: Row) -> str:
+    return " ".join(report.title(row))
 
 
 def _change_cells(c: Change) -> list[str]:
     times = f"{report.duration(c.old['seconds'])} -> {report.duration(c.new['seconds'])}"
     how = "by its time" if c.against == "time" else f"against {c.against}"
-    return [_label(c.new), f"{c.factor:.2f}x as fast {how}", f"noise {c.noise:.0%}", times]
+    return [_title(c.new), f"{c.factor:.2f}x as fast {how}", f"noise {c.noise:.0%}", times]
 
 
 def _memory_changed(old: Row, new: Row) -> bool:
@@ -127,7 +126,7 @@ def _memory_changed(old: Row, new: Row) -> bool:
 
 
 def _memory_cells(old: Row, new: Row) -> list[str]:
-    return [_label(new), f"{report.megabytes(old['memory'])} -> {report.megabytes(new['memory'])}"]
+    return [_title(new), f"{report.megabytes(old['memory'])} -> {report.megabytes(new['memory'])}"]
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

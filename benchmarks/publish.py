@@ -5,7 +5,7 @@ So that README and docs quote nothing but what `fastgpt bench` wrote; a test hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,26 @@ from benchmarks import plots, report
 from fastgpt.files import atomic_write, write_json
 
 BEGIN, END = "<!-- from docs/benchmarks.json -->", "<!-- end -->"
-# README's lines: words, suite, benchmark and the case's parameters but for the dtype.
-LINES: list[tuple[str, str, str, dict[str, Any]]] = []
+_BOTH = {"work": "forward_backward"}
+_TOP_K = {"vocabulary": 50257, "name": "top_k_top_p"}
+# README's lines: words, suite and benchmark, and the case's parameters but for the dtype.
+LINES: list[tuple[str, str, dict[str, Any]]] = [
+    ("attention, causal, 4 x 12 x 256 x 64", "attention", {**_BOTH, "mask": "causal", "shape": "4 x 256"}),
+    ("attention, causal, 1 x 12 x 1024 x 64", "attention", {**_BOTH, "mask": "causal", "shape": "1 x 1024"}),
+    ("layer_norm, 4096 x 768", "layer_norm", {**_BOTH, "residual": "plain"}),
+    ("layer_norm, 4096 x 768, with a residual", "layer_norm", {**_BOTH, "residual": "residual"}),
+    ("rms_norm, 4096 x 768", "rms_norm", {**_BOTH, "residual": "plain"}),
+    ("gelu (tanh), 4096 x 3072", "gelu", {**_BOTH, "approximate": "tanh", "bias": "plain"}),
+    ("swiglu (packed), 4096 x 2048", "swiglu", {**_BOTH, "form": "packed"}),
+    ("rotary, 4 x 12 x 1024 x 64", "rotary", {**_BOTH, "pairs": "half"}),
+    ("embedding, 8 x 1024 of 50257 x 768", "embedding", _BOTH),
+    ("cross_entropy, 1024 x 50257", "cross_entropy", {**_BOTH, "shape": "gpt2"}),
+    ("linear_cross_entropy, 1024 x 768 -> 50257", "linear_cross_entropy", _BOTH),
+    ("AdamW, 20M parameters, with clipping", "adamw", {"size": "20M", "clip": "clipped"}),
+    ("sample a row of 50257, top-k 50 and top-p 0.9", "sample", {**_TOP_K, "rows": 1}),
+    ("sample 16 rows, the same", "sample", {**_TOP_K, "rows": 16}),
+    ("a training step of a 4-layer GPT-2, width 384", "training_step", {}),
+]
 DTYPES = ("float32", "bfloat16")
 
 
@@ -50,26 +68,44 @@ def table(found: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a line of LINES has no row in ``found``.
     """
-    rows = {(row["suite"], row["name"], row["dtype"], *_case(row["case"], row["dtype"])): row for row in found["rows"]}
+    rows = {(row["suite"], row["name"], row["dtype"], _case(row["case"], row["dtype"])): row for row in found["rows"]}
     lines = []
-    for words, suite, name, case in LINES:
-        some = [rows.get((suite, name, dtype, *_case(case, dtype))) for dtype in DTYPES]
-        if some == [None] * len(DTYPES):
-            raise ValueError(f"the results hold no row for README's line {words!r} ({suite}, {name}, {case})")
+    for words, suite, case in LINES:
+        some = [rows.get((suite, suite, dtype, _case(case, dtype))) for dtype in DTYPES]
+        if not any(some):
+            raise ValueError(f"the results hold no row for README's line {words!r}: {suite}, {case}")
         lines.append([words, *(_cell(row) for row in some)])
     machine = found["machine"]
-    head = f"{machine['cpu']}, {machine['instruction set']}, torch {machine['torch']}, commit {machine['commit']}:\n\n"
-    return head + report.markdown_table(["work", *DTYPES], lines)
+    head = (
+        f"{machine['cpu']} ({machine['instruction set']}), "
+        f"torch {machine['torch']}, commit {machine['commit']}, {found['date']}"
+    )
+    return f"{head}:\n\n{report.markdown_table(['work', *DTYPES], lines)}\n{_slower(found['rows'])}\n"
+
+
+def _slower(rows: Sequence[report.Row]) -> str:
+    """How many cases lose to a peer beyond the noise, and the worst three."""
+    judged = [row for row in rows if row["peers"]]
+    worst = sorted(
+        (row["peers"][report.best_peer(row)]["ratio"], " ".join(report.title(row)), report.best_peer(row))
+        for row in judged
+        if row["peers"][report.best_peer(row)]["interval"][1] < 1
+    )
+    listed = ", ".join(f"{words} ({ratio:.2f}x {peer})" for ratio, words, peer in worst[:3])
+    return f"{len(worst)} of the {len(judged)} cases are slower than their best peer" + (
+        f", the slowest {listed}." if worst else "."
+    )
 
 
 def _case(case: Mapping[str, Any], dtype: str | None) -> tuple[str, ...]:
+    """Comparable parameters, without the dtype."""
     return tuple(sorted(f"{name}={value}" for name, value in case.items() if value != dtype))
 
 
 def _cell(row: report.Row | None) -> str:
     if row is None:
         return ""
-    floor = f", {row['floor'] / row['seconds']:.0%} of the floor" if row["floor"] else ""
+    floor = f" ({row['floor'] / row['seconds']:.0%})" if row["floor"] else ""
     best = report.best_peer(row)
     return (f"{row['peers'][best]['ratio']:.2f}x {best}" if best else report.duration(row["seconds"])) + floor
 

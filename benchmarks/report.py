@@ -68,6 +68,12 @@ def label(row: Row) -> str:
     return " ".join(_word(name, value) for name, value in row["case"].items() if value != row["dtype"])
 
 
+def title(row: Row) -> list[str]:
+    """Suite, benchmark where it has another name, case and dtype: what a line about a row begins with."""
+    name = None if row["name"] == row["suite"] else row["name"]
+    return [word for word in (row["suite"], name, label(row), row["dtype"]) if word]
+
+
 def _word(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return name if value else f"no {name}"

@@ -304,18 +304,21 @@ def test_a_run_in_parts():
 
 def test_publishing(tmp_path, monkeypatch):
     case = {"work": "forward"}
-    monkeypatch.setattr(publish, "LINES", [("gelu forward", "gelu", "gelu", case)])
+    monkeypatch.setattr(publish, "LINES", [("gelu forward", "gelu", case)])
     (tmp_path / "README.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
     source = tmp_path / "bench.json"
-    write_json(source, found := document(row()))
+    slow = row("swiglu", ratio=0.5)
+    write_json(source, found := document(row(), slow))
     paths = publish.publish(source, tmp_path)
     assert {p.name for p in paths} >= {"benchmarks.json", "benchmarks.md", "README.md", "speedup.png"}
     readme = (tmp_path / "README.md").read_text()
     assert readme == f"before\n{publish.BEGIN}\n{publish.table(found)}{publish.END}\nafter\n"
-    assert "| gelu forward | 2.00x torch, 50% of the floor |  |" in readme
+    assert "| gelu forward | 2.00x torch (50%) |  |" in readme
+    worst = "1 of the 2 cases are slower than their best peer, the slowest swiglu forward float32 (0.50x torch)."
+    assert worst in readme
     assert "![speedup](images/benchmarks/speedup.png)" in (tmp_path / "docs" / "benchmarks.md").read_text()
 
-    monkeypatch.setattr(publish, "LINES", [("dance", "dance", "dance", case)])
+    monkeypatch.setattr(publish, "LINES", [("dance", "dance", case)])
     with pytest.raises(ValueError, match="no row for README's line 'dance'"):
         publish.publish(source, tmp_path)
     write_json(source, document(row(), complete=False))

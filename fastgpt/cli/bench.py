@@ -90,7 +90,16 @@ def bench(
             raise ValueError(f"the suites need {error.name}, one of the packages of `pip install -e .[dev]`") from error
         options = [f"--{name}" for name, wanted in (("quick", quick), ("long", long), ("keep", keep)) if wanted]
         options += [f"--minutes={minutes or (1.5 if quick else 9)}", f"--results={results.resolve()}"]
-        command = ["-q", "-p", "no:cacheprovider", "--benchmark-quiet", "-o", "console_output_style=classic", *options]
+        command = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--benchmark-quiet",
+            "--disable-warnings",
+            "-o",
+            "console_output_style=classic",
+            *options,
+        ]
         _check_writable(results, keep)
         os.chdir(ROOT)
         raise typer.Exit(int(pytest.main([*command, *(str(known[name]) for name in names or known)])))
