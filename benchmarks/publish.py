@@ -77,10 +77,11 @@ def table(found: Mapping[str, Any]) -> str:
         lines.append([words, *(_cell(row) for row in some)])
     machine = found["machine"]
     head = (
-        f"{machine['cpu']} ({machine['instruction set']}), "
-        f"torch {machine['torch']}, commit {machine['commit']}, {found['date']}"
+        f"One thread of {machine['cpu']} ({machine['instruction set']}), torch {machine['torch']}, commit "
+        f"{machine['commit']}, {found['date']}. Forward + backward where there is one; times as fast as the best peer\n"
+        "(which is named), and in brackets how near ours comes to the floor:\n"
     )
-    return f"{head}:\n\n{report.markdown_table(['work', *DTYPES], lines)}\n{_slower(found['rows'])}\n"
+    return f"{head}\n{report.markdown_table(['work', *DTYPES], lines)}\n{_slower(found['rows'])}\n"
 
 
 def _slower(rows: Sequence[report.Row]) -> str:
