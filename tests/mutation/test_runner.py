@@ -37,6 +37,8 @@ def test_every_kernel_file_has_mutants():
     found = mutants.load()
     files = {p.name for p in (mutants.ROOT / "csrc" / "cuda").glob("*.cu")} - {"device.cu", "kernels.cu"}
     assert files == {unit for m in found for unit in m.units}
+    files = {f"kernels/{p.name}" for p in (mutants.ROOT / "kernels").glob("*.py") if "\n@triton.jit" in p.read_text()}
+    assert files == {m.file for m in found if m.triton}
 
 
 def test_a_mutant_changes_one_place(source):
