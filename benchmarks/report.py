@@ -172,14 +172,13 @@ HEADER = ["case", "dtype", "threads", "ours", "noise", "of floor", "best peer", 
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, in HEADER's columns."""
+    """A row as text, in HEADER's columns, which fit a terminal."""
     best = best_peer(row)
     peers = [f"{peer['ratio']:.2f}x {name}" for name, peer in row["peers"].items()]
     peers += [f"{name}: {why}" for name, why in row["missing"].items()]
     backend = "" if row["backend"] in ("cpu", "fused") else f" ({row['backend']})"
     return [
-        (" ".join(filter(None, (row["name"] if row["name"] != row["suite"] else "", label(row)))) or row["name"])
-        + backend,
+        _case_words(row) + backend,
         row["dtype"] or "",
         str(row["threads"]),
         duration(row["seconds"]),
@@ -189,6 +188,35 @@ def cells(row: Row) -> list[str]:
         _memory(row, best),
         ", ".join(peers),
     ]
+
+
+PAGE_HEADER = [
+    *("case", "shape", "dtype", "backend", "threads", "ours", "noise", "MB", "MFLOP", "of floor", "best peer"),
+    *("memory", "peers"),
+]
+
+
+def page_cells(row: Row) -> list[str]:
+    """A row as text, in PAGE_HEADER's columns: all that was measured."""
+    _, dtype, threads, ours, noise, of_floor, best, used, _ = cells(row)
+    peers = [
+        f"{name} {duration(peer['seconds'])} ({peer['ratio']:.2f}x, 95 % in {_interval(peer)})"
+        for name, peer in row["peers"].items()
+    ]
+    peers += [f"{name}: {why}" for name, why in row["missing"].items()]
+    counts = ["" if row[n] is None else f"{row[n] / 1e6:.3g}" for n in ("bytes", "flops")]
+    shape = (row["shape"] or "").replace(" ", "\u00a0")
+    front = [_case_words(row), shape, dtype, row["backend"], threads, ours, noise]
+    return [*front, *counts, of_floor, best, used, ", ".join(peers)]
+
+
+def _case_words(row: Row) -> str:
+    return " ".join(filter(None, (row["name"] if row["name"] != row["suite"] else "", label(row)))) or row["name"]
+
+
+def _interval(peer: Mapping[str, Any]) -> str:
+    low, high = peer["interval"]
+    return f"{low:.2f} to {high:.2f}"
 
 
 def _memory(row: Row, best: str | None) -> str:
@@ -225,10 +253,11 @@ def _gemms() -> list[str]:
 CEILINGS_HEADER = ["threads", "copy GB/s", "read GB/s", *(f"GEMM {d} GFLOP/s" for d in _gemms())]
 
 _LEGEND = """\
-Medians of rounds in which ours and its peers take turns. *ours is*: how many times as fast as each peer (above 1: ours
-is faster); *best peer*: the least of these. *noise*: robust standard deviation of our rounds. *of floor*: how near ours
-comes to the time that the case's bytes and operations take at the ceilings below; work whose data stay in the cache can
-pass 100 %. *memory*: by how much one call lets the process grow, its results included (in brackets the fastest peer's).
+Medians of rounds in which ours and its peers take turns. *peers*: their times, how many times as fast ours is (above 1:
+ours is faster) and where 95 % of that ratio's bootstrap lie; *best peer*: the least of these ratios. *noise*: robust
+standard deviation of our rounds. *MB*, *MFLOP*: what must move and what must be computed; *of floor*: how near ours
+comes to the time that these take at the ceilings below (work whose data stay in the cache can pass 100 %). *memory*: by
+how much one call lets the process grow, its results included (in brackets the fastest peer's).
 """
 
 
@@ -253,7 +282,7 @@ def markdown(found: Mapping[str, Any], plots: Sequence[Path] = ()) -> str:
         parts.append(markdown_table(["work", "in", "sizes", *names], lines))
     for suite, some in by_suite(found["rows"]):
         parts.append(f"## {suite}\n")
-        parts.append(markdown_table(HEADER, (cells(row) for row in some)))
+        parts.append(markdown_table(PAGE_HEADER, (page_cells(row) for row in some)))
     return "\n".join(parts)
 
 

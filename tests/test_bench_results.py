@@ -208,8 +208,14 @@ def test_the_page_and_the_pictures(tmp_path):
     text = (tmp_path / "bench.md").read_text()
     assert "cases are missing" in text
     assert "| 1 | 20.0 | 25.0 | 100 | 200 |" in text
-    assert "| forward | float32 | 1 | 1 ms | 2% | 50% | 2.00x | 5.0 MB (20 MB) | 2.00x torch |" in text
-    assert "| 0.50x |  | 0.50x torch, flash-attn: not installed |" in text
+    peer = "torch 2 ms (2.00x, 95 % in 1.98 to 2.02)"
+    shape = "4096\u00a0x\u00a0768"
+    assert (
+        f"| forward | {shape} | float32 | cpu | 1 | 1 ms | 2% | 12.5 | 1 | 50% | 2.00x | 5.0 MB (20 MB) | {peer} |"
+        in text
+    )
+    assert "| 0.50x |  | torch 2 ms (0.50x, 95 % in 0.49 to 0.51), flash-attn: not installed |" in text
+    assert report.cells(rows[0])[1:] == ["float32", "1", "1 ms", "2%", "50%", "2.00x", "5.0 MB (20 MB)", "2.00x torch"]
     assert "| sample | T | 128 to 256 | 1.00 | 1.00 |" in text
     assert "![roofline](roofline.png)" in text
     assert report.read(tmp_path / "bench.json")["rows"][0]["case"] == {"work": "forward", "dtype": "float32"}
