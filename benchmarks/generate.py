@@ -13,6 +13,7 @@ PROMPT, NEW = 64, 32
 
 
 @pytest.mark.quick(preset="demo", rows=1)
+@pytest.mark.long(preset="gpt2", rows=4)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("preset", ["demo", "gpt2"])
 def test_generate(benchmark, preset, rows):

@@ -136,6 +136,8 @@ def versus(
         benchmark.pedantic(ours, setup=peers_take_their_turn, rounds=rounds, iterations=1)
     finally:
         torch.set_num_threads(before)
+    if benchmark.stats is None:  # --benchmark-disable: everything ran, nothing was timed
+        return
     mine = list(benchmark.stats.stats.data)
     given = next((p for p in (getattr(benchmark, "params", None) or {}).values() if isinstance(p, torch.dtype)), None)
     dtype = dtype or given or getattr(ours, "dtype", None)

@@ -14,6 +14,8 @@ ROWS, FEATURES, CLASSES = 1024, 768, 50257  # GPT-2 124M's head over 1024 positi
 
 
 @pytest.mark.quick(work="forward", dtype=torch.bfloat16)
+@pytest.mark.long(work="forward")
+@pytest.mark.long(dtype=torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("work", ["forward", "forward_backward"])
 def test_linear_cross_entropy(benchmark, work, dtype):

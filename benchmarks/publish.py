@@ -31,7 +31,7 @@ LINES: list[tuple[str, str, dict[str, Any]]] = [
     ("AdamW, 20M parameters, with clipping", "adamw", {"size": "20M", "clip": "clipped"}),
     ("sample a row of 50257, top-k 50 and top-p 0.9", "sample", {**_TOP_K, "rows": 1}),
     ("sample 16 rows, the same", "sample", {**_TOP_K, "rows": 16}),
-    ("a training step of a 4-layer GPT-2, width 384", "training_step", {}),
+    ("a training step of GPT-2 124M, 2 x 256 tokens", "training_step", {"shape": "2 x 256"}),
 ]
 DTYPES = ("float32", "bfloat16")
 

@@ -57,6 +57,14 @@ def test_what_cannot_be_written_is_refused_before_the_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_quick_cases_of_every_suite_run():
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--quick", "--benchmark-disable"]
+    result = subprocess.run(command, cwd=report.ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout
+    assert "No case" not in result.stdout
+
+
+@pytest.mark.slow
 def test_a_suite_end_to_end(tmp_path):
     result = run("scaling", "--quick", "--minutes", "0.1", "--results", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
