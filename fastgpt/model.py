@@ -101,9 +101,10 @@ class GPT(nn.Module):
                 raise ValueError("GPT: targets go with none of cache, lengths, last_only")
             if targets.shape != tokens.shape:
                 raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}, tokens {tuple(tokens.shape)}")
+            table, output_weight = self._weights_of_a_loss()
             return self.ops.linear_cross_entropy(
-                self.hidden(tokens),
-                self.output_weight,
+                self._hidden(tokens, table),
+                output_weight,
                 targets,
                 reduction=reduction,
                 ignore_index=ignore_index,
@@ -117,11 +118,22 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """What the output head reads: (B, T, C), after the last norm. Arguments as in ``forward``."""
+        return self._hidden(tokens, self.token_embedding, cache, lengths)
+
+    def _hidden(
+        self, tokens: Tensor, table: Tensor, cache: KVCache | None = None, lengths: Sequence[int] | None = None
+    ) -> Tensor:
         self._check(tokens, cache, lengths)
         ops = self.ops
         step = None if cache is None else cache.step(tokens.shape[1], tokens.device)
         offset = 0 if step is None or self.position_embedding is None else step.offset
-        x = ops.embedding(tokens, self.token_embedding, position_weight=self.position_embedding, position_offset=offset)
+        x = ops.embedding(
+            tokens,
+            table,
+            sparse=table is not self.token_embedding,
+            position_weight=self.position_embedding,
+            position_offset=offset,
+        )
         residual = None
         for layer, block in enumerate(self.blocks):
             past = None if cache is None or step is None else (cache, layer, step)
@@ -135,6 +147,21 @@ class GPT(nn.Module):
     def output_weight(self) -> Tensor:
         """(V, C): the output head, which is the token embedding if config.tie_weights."""
         return self.token_embedding if self.head is None else self.head
+
+    def _weights_of_a_loss(self) -> tuple[Tensor, Tensor]:
+        """The token embedding and the output head. Where they are one matrix, its gradient is a sum of two.
+
+        The tokens' part is nothing but zeros in all rows that do not occur, and for GPT-2 such a matrix, its zeros and
+        the addition cost 2 % of a training step. So it is a sparse tensor, added to the head's part in place. On a GPU,
+        which would have to wait for the number of rows, and in a graph, where that is no constant, it stays dense.
+        """
+        table, head = self.token_embedding, self.output_weight
+        eager = type(table) is nn.Parameter and table.device.type == "cpu" and not torch.compiler.is_compiling()
+        wanted = head is table and table.requires_grad and torch.is_grad_enabled()
+        ours = all(self.ops.backend(name) != "torch" for name in ("embedding", "linear_cross_entropy"))
+        if not (eager and wanted and ours):
+            return table, head
+        return _TwoUses.apply(table)
 
     def set_ops(self, ops: str | Mapping[str, str] | OpSet) -> GPT:
         """Takes the operators from elsewhere from now on, with the same weights. Returns the model."""
@@ -229,6 +256,22 @@ class GPT(nn.Module):
                 raise ValueError(
                     f"GPT: lengths={list(lengths)} must be {batch} numbers from 1 to {new}, one for each row"
                 )
+
+
+class _TwoUses(torch.autograd.Function):
+    """A weight twice: for a use whose gradient is sparse, and for one whose gradient is dense and becomes the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor | None, dense: Tensor | None) -> Tensor | None:
+        if rows is None or dense is None:
+            return dense if rows is None else rows.to_dense()
+        # In place: it comes from linear_cross_entropy, whose backward gives its gradients away.
+        return dense + rows if torch.is_grad_enabled() else dense.add_(rows)
 
 
 class Block(nn.Module):

@@ -155,6 +155,26 @@ def test_gradients_of_micro_batches_add_up():
         torch.testing.assert_close(p.grad, whole[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("ops", ["reference", "fused", {"linear_cross_entropy": "torch"}], ids=str)
+def test_gradients_of_a_tied_embedding_meet_as_two_matrices_would(ops, dtype, monkeypatch):
+    """The tokens' part is added to the head's, row by row: the same bits as with zeros in all other rows."""
+    model = make(CONFIGS["gpt2"], ops, dtype)
+    tokens, targets = batch(model.config)
+    sparse = loss_and_gradients(model, tokens, targets)
+    loss = model(tokens, targets)
+    twice = [torch.autograd.grad(loss, model.token_embedding, retain_graph=again) for again in (True, False)]
+    model(tokens, targets).backward()
+    model(tokens, targets).backward()
+    added = model.token_embedding.grad
+    monkeypatch.setattr(GPT, "_weights_of_a_loss", lambda self: (self.token_embedding, self.output_weight))
+    dense = loss_and_gradients(model, tokens, targets)
+    assert all(torch.equal(sparse[name], dense[name]) for name in dense)
+    for (gradient,) in twice:
+        torch.testing.assert_close(gradient, dense["token_embedding"])
+    assert torch.equal(added, 2 * dense["token_embedding"])
+
+
 def test_loss_is_the_cross_entropy_of_the_logits():
     config = CONFIGS["llama"]
     model = make(config, dtype=torch.float64)

@@ -42,7 +42,8 @@ def embedding(
         max_norm, norm_type: rows used here whose ``norm_type``-norm exceeds ``max_norm`` are first scaled down to it,
             in place.
         scale_grad_by_freq: divides the gradient of a row by the number of its tokens in ``input``.
-        sparse: must be False, but with backend="torch".
+        sparse: makes the gradient of ``weight`` a sparse tensor of the rows that occur in ``input``, coalesced; not
+            under torch.compile.
         position_weight: (P, C), of weight's dtype; its row ``position_offset + t`` is added to token t.
         position_offset: an int, or an int64 tensor (B,) with one for each of input's first dimension.
         backend: see ``fastgpt.ops``.
@@ -100,14 +101,13 @@ def embedding(
     if chosen == "torch":
         y = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return y if position_weight is None else y + _position_rows(position_weight, input, starts, start)
-    if sparse:
-        raise NotImplementedError(
-            f"embedding: backend={chosen!r} does not take sparse=True, its gradients are dense; backend='torch' does"
-        )
+    if sparse and torch.compiler.is_compiling():
+        raise NotImplementedError("embedding: sparse=True, whose gradient has no fixed size, cannot be compiled")
     if max_norm is not None:
         with torch.no_grad():
             torch.embedding_renorm_(weight.detach(), input.contiguous(), max_norm, norm_type)
-    return _op(input, weight, position_weight, starts, start, padding, scale_grad_by_freq, chosen)
+    run = _SparseEmbedding.apply if sparse and torch.is_grad_enabled() and weight.requires_grad else _op
+    return run(input, weight, position_weight, starts, start, padding, scale_grad_by_freq, chosen)
 
 
 def torch_eager(
@@ -365,6 +365,29 @@ class _Embedding(torch.autograd.Function):
         positions = ctx.positions if position_wanted else NOT_WANTED
         dweight, dposition = _op_backward(dy, input, starts, ctx.start, vocabulary, positions, *ctx.options)
         return None, dweight if weight_wanted else None, dposition if position_wanted else None, *(None,) * 5
+
+
+class _SparseEmbedding(_Embedding):
+    """The gradient of weight as a sparse tensor. It is no operator's result: a graph would have to know its size."""
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        input, starts = ctx.saved_tensors
+        padding, *options = ctx.options
+        tokens, numbers = input.unique(return_inverse=True)  # in ascending order
+        if padding != NO_PADDING:
+            padding = next(iter((tokens == padding).nonzero()[:, 0].tolist()), NO_PADDING)
+        positions = ctx.positions if ctx.needs_input_grad[2] else NOT_WANTED
+        rows, dposition = _op_backward(dy, numbers, starts, ctx.start, len(tokens), positions, padding, *options)
+        known = (tokens >= 0) & (tokens < ctx.vocabulary)  # on a GPU nobody has refused the others
+        dweight = torch.sparse_coo_tensor(
+            tokens[known][None].long(),
+            rows if known.all() else rows[known],
+            (ctx.vocabulary, rows.shape[1]),
+            is_coalesced=True,
+            check_invariants=False,
+        )
+        return None, dweight, dposition if positions != NOT_WANTED else None, *(None,) * 5
 
 
 _op = registry.define(

@@ -252,12 +252,46 @@ def test_float64_goes_to_the_reference_openly():
         ops.embedding(**t)
 
 
-def test_sparse_gradients_come_from_torch_alone():
+@pytest.mark.parametrize("backend", harness.backends_here("embedding"))
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"padding_idx": 4}, {"scale_grad_by_freq": True}], ids=str)
+def test_a_sparse_gradient_is_the_dense_one(backend, dtype, options):
+    device = harness.device(backend)
+    tokens = torch.tensor([[6, 2, 6, 1], [2, 6, 0, 3]], dtype=dtype, device=device)
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        weight, positions = (torch.randn(rows, 40).to(device).requires_grad_() for rows in (8, 6))
+        y = ops.embedding(tokens, weight, **options, sparse=sparse, position_weight=positions, backend=backend)
+        found.append((y, *torch.autograd.grad(y, (weight, positions), torch.randn_like(y))))
+    (y, dense, dense_positions), (sparse_y, sparse, sparse_positions) = found
+    assert torch.equal(y, sparse_y)
+    assert torch.equal(dense_positions, sparse_positions)
+    assert sparse.is_sparse
+    assert sparse.is_coalesced()
+    assert sparse.indices()[0].tolist() == [0, 1, 2, 3, 6]
+    assert torch.equal(sparse.to_dense(), dense)
+
+
+def test_a_sparse_gradient_with_nothing_else_wanted():
     tokens, weight = torch.tensor([1, 2]), torch.randn(5, 3, requires_grad=True)
-    with pytest.raises(NotImplementedError, match=r"backend='cpu' does not take sparse=True.*backend='torch' does"):
-        ops.embedding(tokens, weight, sparse=True)
     ops.embedding(tokens, weight, sparse=True, backend="torch").sum().backward()
-    assert weight.grad.is_sparse
+    theirs, weight.grad = weight.grad, None
+    ops.embedding(tokens, weight, sparse=True).sum().backward()
+    assert theirs.is_sparse
+    assert torch.equal(weight.grad.to_dense(), theirs.to_dense())
+    with torch.no_grad():
+        assert torch.equal(ops.embedding(tokens, weight, sparse=True), weight[tokens])
+    positions = torch.randn(2, 3, requires_grad=True)
+    ops.embedding(tokens, weight.detach(), sparse=True, position_weight=positions).sum().backward()
+    assert torch.equal(positions.grad, torch.ones(2, 3))
+
+
+def test_a_sparse_gradient_cannot_be_compiled():
+    weight = torch.randn(5, 3, requires_grad=True)
+    compiled = torch.compile(lambda t: ops.embedding(t, weight, sparse=True), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"sparse=True, whose gradient has no fixed size, cannot be compiled"):
+        compiled(torch.tensor([1, 2]))
 
 
 # --- errors ---
