@@ -31,7 +31,10 @@ using Arrays = std::vector<std::unique_ptr<std::byte[]>>;
 inline void* address_of(py::handle value) {
   if (value.is_none()) return nullptr;
   if (PyLong_Check(value.ptr())) return reinterpret_cast<void*>(value.cast<uintptr_t>());
-  return reinterpret_cast<void*>(value.attr("data_ptr")().cast<uintptr_t>());
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value.ptr(), data_ptr));
+  if (!address) throw py::error_already_set();
+  return reinterpret_cast<void*>(address.cast<uintptr_t>());
 }
 
 template <class Field>
@@ -52,19 +55,55 @@ void read_field(py::handle value, Field& field, Arrays& arrays) {
   } else if constexpr (std::is_enum_v<Field>)
     field = static_cast<Field>(value.cast<int32_t>());
   else if constexpr (std::is_array_v<Field>) {
-    const auto items = value.cast<py::sequence>();
-    if (items.size() != std::extent_v<Field>) throw py::value_error("wrong number of items");
-    for (size_t i = 0; i < items.size(); ++i) read_field(items[i], field[i], arrays);
+    const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), "not a sequence"));
+    if (!items) throw py::error_already_set();
+    if (PySequence_Fast_GET_SIZE(items.ptr()) != std::extent_v<Field>) throw py::value_error("wrong number of items");
+    for (size_t i = 0; i < std::extent_v<Field>; ++i) {
+      PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
+      if (!PyFloat_Check(item) && !PyLong_CheckExact(item)) throw py::type_error("not a number");  // nor is a bool
+      read_field(item, field[i], arrays);
+    }
+  } else if constexpr (std::is_same_v<Field, int64_t> || std::is_same_v<Field, double>) {
+    if constexpr (std::is_same_v<Field, double>)
+      field = PyFloat_AsDouble(value.ptr());
+    else
+      field = PyLong_AsLongLong(value.ptr());
+    if (field == Field{-1} && PyErr_Occurred()) throw py::error_already_set();
   } else
     field = value.cast<Field>();
 }
 
+// The keyword arguments of a call as CPython passes them: no dict is made.
+struct Keywords {
+  PyObject* const* values;
+  PyObject* names;  // a tuple, or null
+
+  Py_ssize_t size() const { return names ? PyTuple_GET_SIZE(names) : 0; }
+  // `guess` is where the name may well be. Names in source code are interned, so they are one object.
+  PyObject* find(PyObject* name, Py_ssize_t guess) const {
+    if (guess < size() && PyTuple_GET_ITEM(names, guess) == name) return values[guess];
+    for (Py_ssize_t i = 0; i < size(); ++i)
+      if (PyTuple_GET_ITEM(names, i) == name || PyUnicode_Compare(PyTuple_GET_ITEM(names, i), name) == 0)
+        return values[i];
+    return nullptr;
+  }
+  py::dict dict() const {
+    py::dict result;
+    for (Py_ssize_t i = 0; i < size(); ++i) result[PyTuple_GET_ITEM(names, i)] = py::handle(values[i]);
+    return result;
+  }
+};
+
+// One function for all fields of a type, not inlined: what a small kernel's call costs is the code that must come into
+// the cache for it.
 template <class Params>
-Params read_params(const char* entry, const py::kwargs& arguments, Arrays& arrays) {
+Params read_params(const char* entry, const Keywords& arguments, Arrays& arrays) {
   Params params{};
-  size_t count = 0;
-  params.visit([&](const char* name, auto& field) {
-    PyObject* value = PyDict_GetItemString(arguments.ptr(), name);
+  Py_ssize_t count = 0;
+  static std::vector<PyObject*> names;  // of the fields, made at the first call
+  params.visit([&](const char* name, auto& field) __attribute__((noinline)) {
+    if (count == static_cast<Py_ssize_t>(names.size())) names.push_back(PyUnicode_InternFromString(name));
+    PyObject* value = arguments.find(names[count], count);
     if (!value) throw py::type_error(std::string(entry) + ": missing field '" + name + "'");
     try {
       read_field(value, field, arrays);
@@ -74,11 +113,26 @@ Params read_params(const char* entry, const py::kwargs& arguments, Arrays& array
     ++count;
   });
   if (count != arguments.size()) {
-    params.visit([&](const char* name, auto&) { PyDict_DelItemString(arguments.ptr(), name); });
-    throw py::type_error(std::string(entry) + ": unknown field " + std::string(py::repr(arguments)));
+    const py::dict unknown = arguments.dict();
+    params.visit([&](const char* name, auto&) { PyDict_DelItemString(unknown.ptr(), name); });
+    throw py::type_error(std::string(entry) + ": unknown field " + std::string(py::repr(unknown)));
   }
   return params;
 }
+
+// The values of a dict in an order of their own, as Keywords.
+struct DictKeywords {
+  explicit DictKeywords(const py::dict& dict) : names(dict.size()) {
+    for (const auto& [name, value] : dict) {
+      PyTuple_SET_ITEM(names.ptr(), static_cast<Py_ssize_t>(values.size()), py::handle(name).inc_ref().ptr());
+      values.push_back(py::handle(value).ptr());
+    }
+  }
+  operator Keywords() const { return {values.data(), names.ptr()}; }
+
+  py::tuple names;
+  std::vector<PyObject*> values;
+};
 
 // Unusual outcomes become sentences here; the ops name the argument, since only they know what it was called.
 inline void raise_status(const char* entry, const Status& status) {
@@ -133,7 +187,7 @@ void bind_device_kernel(py::module_& m, const char* entry, const DeviceKernel<Pa
       [entry, kernel, check](uintptr_t stream, const py::function& allocate, const py::kwargs& arguments) {
         if (check) check();
         Arrays arrays;
-        Params params = read_params<Params>(entry, arguments, arrays);
+        Params params = read_params<Params>(entry, DictKeywords(arguments), arrays);
         int64_t bytes = 0;
         raise_status(entry, kernel.workspace_bytes(params, &bytes));
         void* workspace = nullptr;

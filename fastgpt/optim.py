@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops.adamw import adamw, check_options, grad_norm
+from fastgpt.ops.native import move_to_huge_pages
 
 
 class AdamW(torch.optim.Optimizer):
@@ -87,10 +88,15 @@ class AdamW(torch.optim.Optimizer):
 
         # One call of the operator takes tensors that share a group, a device and a step count.
         calls: defaultdict[tuple[int, torch.device, int], list[Tensor]] = defaultdict(list)
+        known = len(self.state)
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None:
                     calls[index, p.device, self._step_of(p)].append(p)
+        if len(self.state) > known:  # the first step, or new parameters
+            with_gradients = [p for params in calls.values() for p in params]
+            states = [t for p in with_gradients for t in self.state[p].values() if t.dim()]
+            move_to_huge_pages([*with_gradients, *(p.grad for p in with_gradients if p.grad is not None), *states])
         norm = None
         if self.max_grad_norm is not None:
             by_device: defaultdict[torch.device, list[Tensor]] = defaultdict(list)

@@ -5,7 +5,8 @@
 // group of elements (a lane of 64 vectors). With top-k, the k-th largest of these group maxima bounds the k-th largest
 // element from below and is nearly as large, so a second pass keeps little more than k candidates, and all else works
 // on those. Without top-k every element needs its exponential: one more pass, in the order of 15 us for 50257 elements.
-// Thresholds come from radix selection over the bits of the logits: three histograms, no comparison.
+// Thresholds come from radix selection over the bits of the logits: three histograms, no comparison; among few elements
+// from comparing each with all.
 //
 // Bytes: the row is read twice, once from memory and once from cache. Floor: 0.02 ms for 50257 float32 at 10 GB/s.
 //
@@ -37,6 +38,8 @@ constexpr int64_t kGrainElements = 32768;
 constexpr int64_t kGroupVectors = 64;
 // Radix digits from the top: 11, 11 and 10 bits.
 constexpr int64_t kBins = 2048;
+// Among so many elements comparing all with all beats three histograms, which touch 16 kB each: 128 x 8 comparisons.
+constexpr int64_t kFew = 128;
 
 struct Options {
   double temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
@@ -47,9 +50,54 @@ struct Keys {
 Options options_of(const Sample& p, int64_t row) {
   return *reinterpret_cast<const Options*>(p.reals ? p.reals + row * 6 : p.all_reals);
 }
+// Every option is in its range. A row where one is not has nothing to choose from; fastgpt/ops/sample.py says which.
+bool possible(const Options& o) {
+  const double infinity = __builtin_inf();
+  return o.temperature >= 0 && o.temperature < infinity && o.top_p > 0 && o.top_p <= 1 && o.min_p >= 0 &&
+         o.min_p <= 1 && o.repetition_penalty > 0 && o.repetition_penalty < infinity &&
+         __builtin_fabs(o.presence_penalty) < infinity && __builtin_fabs(o.frequency_penalty) < infinity;
+}
 Keys keys_of(const Sample& p, int64_t row) {
   return *reinterpret_cast<const Keys*>(p.integers ? p.integers + row * 3 : p.all_integers);
 }
+
+// Memory of the calling thread that stays from call to call: to get 1.4 MB from malloc and touch its pages for the
+// first time takes as long as the work. What a very large vocabulary needs is given back.
+class ThreadMemory {
+ public:
+  explicit ThreadMemory(int64_t words) : words_(words) {
+    Kept& kept = mine();
+    if (kept.words < words) {
+      std::free(kept.data);
+      kept.data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(words + 15) / 16 * 64));
+      kept.words = kept.data ? words : 0;
+    }
+  }
+  ~ThreadMemory() {
+    constexpr int64_t most = 2 << 20;  // 8 MB: vocabularies of 300,000
+    if (words_ > most) mine().clear();
+  }
+  ThreadMemory(const ThreadMemory&) = delete;
+  ThreadMemory& operator=(const ThreadMemory&) = delete;
+  float* data() const { return mine().data; }
+
+ private:
+  struct Kept {
+    float* data = nullptr;
+    int64_t words = 0;
+    void clear() {
+      std::free(data);
+      data = nullptr;
+      words = 0;
+    }
+    ~Kept() { clear(); }
+  };
+  static Kept& mine() {
+    static thread_local Kept kept;
+    return kept;
+  }
+  int64_t words_;
+};
 
 // Buffers of one thread, each for a whole row. Pages that are not touched cost nothing.
 struct Scratch {
@@ -183,6 +231,19 @@ float select(const float* value, int64_t count, bool listed, int64_t needed, Wei
 
 int64_t one(int64_t) { return 1; }
 
+// The same for at most kFew elements, all of them: each one's mass is the weight of those that are at least as large.
+template <class Weight>
+float select_few(const float* value, int64_t count, int64_t needed, Weight&& weight) {
+  float threshold = -kInfinity;
+  for (int64_t i = 0; i < count; ++i) {
+    if (value[i] <= threshold) continue;
+    int64_t mass = 0;
+    for (int64_t j = 0; j < count; ++j) mass += value[j] >= value[i] ? weight(j) : 0;
+    if (mass >= needed) threshold = value[i];
+  }
+  return threshold;
+}
+
 // Writes the candidates with value >= threshold; in place is fine.
 Candidates collect(Candidates from, float threshold, Scratch& s) {
   int64_t kept = 0;
@@ -208,9 +269,28 @@ int64_t count_at_least(const float* value, int64_t count, float threshold) {
   return result;
 }
 
-Candidates keep_top_k(Candidates all, int64_t k, int64_t groups, Scratch& s) {
-  const Candidates few = collect(all, select(s.maxima, groups, false, k, one, s), s);
-  return collect(few, select(few.value, few.count, false, k, one, s), s);
+// A number that at least k of the maxima reach, and few more than k: by bisection, for which these lie in the cache.
+float bound_of_kth(const float* maxima, int64_t groups, float best, int64_t k) {
+  uint32_t low = ordered_bits(-kInfinity), high = ordered_bits(best);
+  while (low < high) {
+    const uint32_t middle = high - (high - low) / 2;
+    const int64_t reach = count_at_least(maxima, groups, from_ordered_bits(middle));
+    if (reach < k) {
+      high = middle - 1;
+      continue;
+    }
+    low = middle;
+    if (reach <= k + k / 4) break;
+  }
+  return from_ordered_bits(low);
+}
+
+Candidates keep_top_k(Candidates all, int64_t k, float best, int64_t groups, Scratch& s) {
+  const Candidates few = collect(all, bound_of_kth(s.maxima, groups, best, k), s);
+  if (few.count == k) return few;
+  const float kth =
+      few.count <= kFew ? select_few(few.value, few.count, k, one) : select(few.value, few.count, false, k, one, s);
+  return collect(few, kth, s);
 }
 
 // 2^e for e <= 0 (below -64, 2^-64: its weight rounds to 0). e = whole + fraction with |fraction| <= 1/2; 2^fraction by
@@ -235,6 +315,11 @@ struct Rounded {
   VecL low, high;
 };
 inline Rounded rounded(Vec weight) {
+#if defined(__AVX512DQ__)
+  const __m512 scaled = (__m512)(weight * static_cast<float>(int64_t{1} << kWeightBits));  // exact
+  return {(VecL)_mm512_cvtps_epi64(_mm512_castps512_ps256(scaled)),
+          (VecL)_mm512_cvtps_epi64(_mm512_extractf32x8_ps(scaled, 1))};
+#endif
   const Doubles d = to_double(weight);
   const VecL base = (VecL)(VecD{} + kRoundWeight);
   return {(VecL)(d.low + kRoundWeight) - base, (VecL)(d.high + kRoundWeight) - base};
@@ -256,12 +341,12 @@ inline int64_t lanes_sum(VecL v) {
   return total;
 }
 
-// The weights of the candidates, and their sum. `scale` is log2(e) / temperature.
+// The weights of the candidates (null: not wanted), and their sum. `scale` is log2(e) / temperature.
 int64_t weigh(Candidates from, float best, float scale, float* weight) {
   VecL total = {};
   for_each_vector(from.count, [&](int64_t c, int64_t n) {
     const Vec w = power_of_two((load(from.value + c, n, -kInfinity) - best) * scale);
-    store(weight + c, w, n);
+    if (weight) store(weight + c, w, n);
     total += rounded_pairs(w);  // dead lanes weigh nothing
   });
   return lanes_sum(total);
@@ -295,6 +380,8 @@ int64_t filter(Candidates from, float lowest_value, float lowest_weight, float* 
 // last bin) leaves few elements to select from even where the distribution is flat, and rarely adds to one bin twice in
 // a row.
 float top_p_threshold(Candidates from, float best, float bound, int64_t needed, Scratch& s) {
+  const auto weight = [&](int64_t i) { return rounded(s.weight[i]); };
+  if (from.count <= kFew) return select_few(from.value, from.count, needed, weight);
   float steps = kBins / (best - bound);
   steps = steps < 1e30f ? steps : 1e30f;
   const auto bin_of = [&](Vec value) {
@@ -317,7 +404,7 @@ float top_p_threshold(Candidates from, float best, float bound, int64_t needed, 
     if (n < kLanes) mask &= (1u << n) - 1;
     for (; mask; mask &= mask - 1) s.list[kept++] = static_cast<int32_t>(c + __builtin_ctz(mask));
   });
-  return select(from.value, kept, true, needed, [&](int64_t i) { return rounded(s.weight[i]); }, s);
+  return select(from.value, kept, true, needed, weight, s);
 }
 
 // The first candidate whose cumulative weight is above `target`.
@@ -338,8 +425,11 @@ int64_t find(const float* weight, int64_t count, int64_t target) {
   return c;
 }
 
-int64_t first_equal(const float* x, int64_t vocab, float best) {
-  for (int64_t c = 0; c < vocab; c += kLanes) {
+// The first place of the maximum, by way of the first groups that reach it.
+int64_t first_best(const float* x, int64_t vocab, float best, const float* maxima, int64_t vectors) {
+  int64_t c = 0;
+  for (; c + vectors * kLanes < vocab && lane_mask(load(maxima) == best) == 0; maxima += kLanes) c += vectors * kLanes;
+  for (; c < vocab; c += kLanes) {
     const uint32_t mask = lane_mask(load(x + c, vocab - c, -kInfinity) == best);
     if (mask) return c + __builtin_ctz(mask);
   }
@@ -352,21 +442,21 @@ float log_share(float value, float best, double temperature, int64_t total) {
   return static_cast<float>(distance - (__builtin_log(static_cast<double>(total)) - kWeightBits * kLn2));
 }
 
-// Draws from the row x, whose largest element is `best`.
-void draw(const Sample& p, int64_t row, const float* x, float best, Scratch& s) {
+// Draws from the row x, whose largest element is `best`; s.maxima are those of its groups of `vectors`.
+void draw(const Sample& p, int64_t row, const float* x, float best, int64_t vectors, Scratch& s) {
   const Options o = options_of(p, row);
   const Keys keys = keys_of(p, row);
   Candidates from = {x, nullptr, p.vocab};
   if (o.temperature == 0) {
-    p.token[row] = first_equal(x, p.vocab, best);
-    p.log_prob[row] = log_share(best, best, 1.0, weigh(from, best, static_cast<float>(kLog2e), s.weight));
+    p.token[row] = first_best(x, p.vocab, best, s.maxima, vectors);
+    p.log_prob[row] = log_share(best, best, 1.0, weigh(from, best, static_cast<float>(kLog2e), nullptr));
     return;
   }
   const double at_least = o.temperature > kLowestTemperature ? o.temperature : kLowestTemperature;
   const double temperature = at_least < kHighestTemperature ? at_least : kHighestTemperature;
   const float scale = static_cast<float>(kLog2e / temperature);
   if (keys.top_k > 0 && keys.top_k < p.vocab)
-    from = keep_top_k(from, keys.top_k, group_count(p.vocab, group_vectors(p.vocab, keys.top_k)), s);
+    from = keep_top_k(from, keys.top_k, best, group_count(p.vocab, vectors), s);
   else if (o.top_p == 1 && o.min_p > 0)  // a weight's error is far below 1e-4
     from = collect(from, not_above(best + temperature * (__builtin_log(o.min_p) - 1e-4)), s);
 
@@ -408,6 +498,7 @@ Status sample_row(const Sample& p, int64_t row, Scratch& s) {
   const float* bias = p.logit_bias ? p.logit_bias + row * p.bias_stride : nullptr;
   const bool as_it_is = sizeof(T) == sizeof(float) && !bias && !p.previous_count;
   const Keys keys = keys_of(p, row);
+  if (!possible(options_of(p, row)) || keys.top_k < 0 || keys.position < 0) return {Status::empty_support, row, 0};
   const int64_t vectors = group_vectors(p.vocab, keys.top_k < p.vocab ? keys.top_k : 0);
   Scan result;
   if (p.previous_count) {
@@ -419,7 +510,7 @@ Status sample_row(const Sample& p, int64_t row, Scratch& s) {
   }
   if (!result.valid) return {Status::not_finite, row, 0};
   if (result.best == -kInfinity) return {Status::empty_support, row, 0};
-  draw(p, row, as_it_is ? reinterpret_cast<const float*>(logits) : s.x, result.best, s);
+  draw(p, row, as_it_is ? reinterpret_cast<const float*>(logits) : s.x, result.best, vectors, s);
   return {};
 }
 
@@ -429,8 +520,8 @@ Status sample_rows(const Sample& p) {
   if (!status) return {Status::out_of_memory, 0, p.rows * static_cast<int64_t>(sizeof(Status))};
   parallel_for(0, p.rows, kGrainElements / p.vocab + 1, [&](int64_t begin, int64_t end) {
     const int64_t words = Scratch::words(p.vocab);
-    AlignedBuffer<float> memory(words);
-    if (!memory) {
+    const ThreadMemory memory(words);
+    if (!memory.data()) {
       for (int64_t row = begin; row < end; ++row) status.data()[row] = {Status::out_of_memory, row, words * 4};
       return;
     }

@@ -6,10 +6,15 @@ gives
     loss = (1 - e) (lse - x[target]) + e (lse - mean(x)) + z_loss lse^2
 
 and a row whose target is ignore_index gives exactly 0, to the loss and to the gradient, whatever its logits hold.
+
+On the CPU the forward of "mean" and "sum", where a gradient is wanted, computes that as well, while each row is in
+cache. The backward of a loss that is the last one, so that 1 arrives there, has nothing left to do; any other number is
+multiplied into the gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -172,6 +177,16 @@ def reference_backward(
     return dx.where(counts, 0).to(x.dtype)
 
 
+def reference_gradients(
+    x: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``reference``'s results, and the gradient dx of the loss."""
+    options = (reduction, ignore_index, label_smoothing, z_loss)
+    loss, maximum, sum_exp, total = reference(x, target, *options)
+    dx = reference_backward(torch.ones_like(loss), x, target, maximum, sum_exp, total, *options)
+    return loss, maximum, sum_exp, total, dx
+
+
 # --- kernels ---
 
 
@@ -184,7 +199,38 @@ def _native(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(kernels, x, target, reduction, ignore_index, label_smoothing, z_loss, None)
+
+
+def _native_gradients(
+    kernels: Kernels,
+    x: Tensor,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx = with_huge_pages(x.new_empty(x.shape))
+    return *_forward(kernels, x, target, reduction, ignore_index, label_smoothing, z_loss, dx), dx
+
+
+def _forward(
+    kernels: Kernels,
+    x: Tensor,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    dx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, stride = as_rows(x)
+    scale = None
+    if dx is not None:
+        scale = torch.ones((), dtype=torch.float64, device=x.device)
+        if reduction == "mean":
+            scale /= (target != ignore_index).sum()
     target = target.contiguous()
     loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
     totals = x.new_zeros(2, dtype=torch.float64)
@@ -194,18 +240,18 @@ def _native(
             maximum=maximum,
             sum_exp=sum_exp,
             totals=totals,
-            dx=None,
+            dx=dx,
             x=x,
             bias=None,
             target=target,
             rows=x.shape[0],
             cols=x.shape[1],
             x_stride=stride,
-            dx_stride=0,
+            dx_stride=x.shape[1],
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            scale=None,
+            scale=scale,
             dtype=DTYPES[x.dtype],
         )
     except IndexError:
@@ -260,6 +306,10 @@ def _fake(
     return fake_loss(x, reduction)
 
 
+def _fake_gradients(x: Tensor, target: Tensor, reduction: str, *_: Any) -> tuple[Tensor, ...]:
+    return *fake_loss(x, reduction), x.new_empty(x.shape)
+
+
 def _fake_backward(dloss: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -277,7 +327,13 @@ class _CrossEntropy(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.options = (reduction, ignore_index, label_smoothing, z_loss, backend)
-        loss, *saved = registry.below_autograd(_op, x, target, *ctx.options)
+        ctx.gradient = None
+        # Not for float16, where what is too small before the loss scale has been multiplied would be lost; nor on a
+        # GPU, which would be waited for to learn that the factor is 1.
+        if backend == "cpu" and reduction != "none" and x.dtype != torch.float16:
+            loss, *saved, ctx.gradient = _op_gradients(x, target, *ctx.options)
+        else:
+            loss, *saved = registry.below_autograd(_op, x, target, *ctx.options)
         ctx.save_for_backward(x, target, *saved)
         ctx.mark_non_differentiable(*saved)
         return (loss, *saved)
@@ -285,7 +341,18 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         registry.refuse_second_derivative("cross_entropy")
-        return _op_backward(dloss, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+        # The first backward gives the gradient away. One that comes later, through a retained graph, computes it, and
+        # so does one with an infinity or NaN, which must not reach the rows that do not count.
+        dx, ctx.gradient = ctx.gradient, None
+        if dx is None:
+            dx = _op_backward(dloss, *ctx.saved_tensors, *ctx.options)
+        elif torch.compiler.is_compiling() or type(dloss) is not Tensor:  # a tracer's, without a value
+            dx.mul_(dloss)
+        elif not math.isfinite(dloss.item()):
+            dx = _op_backward(dloss, *ctx.saved_tensors, *ctx.options)
+        elif dloss.item() != 1:
+            dx.mul_(dloss)
+        return dx, None, None, None, None, None, None
 
 
 _OPTIONS = "str reduction, int ignore_index, float label_smoothing, float z_loss"
@@ -295,6 +362,12 @@ _op = registry.define(
     {"reference": reference, **native.backends(_native)},
     _fake,
     _CrossEntropy,
+)
+_op_gradients = registry.define(
+    "cross_entropy_gradients",
+    f"(Tensor x, Tensor target, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"reference": reference_gradients, **native.backends(_native_gradients)},
+    _fake_gradients,
 )
 _op_backward = registry.define(
     "cross_entropy_backward",

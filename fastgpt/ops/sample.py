@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from fastgpt.ops import checks, native, philox, registry
 from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
@@ -99,6 +100,11 @@ def sample(
             row and value. The CUDA kernel cannot raise, since nobody waits for it: where it reads what is wrong from
             device memory (logits, bias, previous tokens, options by row), that row gets token -1 and log_prob NaN.
     """
+    if logit_bias is None and previous_tokens is None and (backend is None or backend == "cpu"):
+        scalars = (temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+        drawn = _sample_at_once(logits, scalars, (top_k, seed, position), row)
+        if drawn is not None:
+            return drawn
     checks.floating("sample", "logits", logits)
     single = logits.dim() == 1
     if single:
@@ -134,6 +140,68 @@ def sample(
     arguments = (logits.detach(), reals, integers, row_key, previous, logit_bias)
     token, log_prob = torch_eager(*arguments) if chosen == "torch" else _op(*arguments, chosen)
     return (token.squeeze(0), log_prob.squeeze(0)) if single else (token, log_prob)
+
+
+# --- the short way ---
+
+# As names of this module: when everything is out of the caches, as in a decoding step, each look-up takes 2 us.
+_is_compiling = torch.compiler.is_compiling
+_is_like_a_subclass = torch._C._dispatch_isTensorSubclassLike  # with a mode or a transform, every tensor is
+
+
+def _sample_at_once(
+    logits: Tensor, reals: tuple[Any, ...], integers: tuple[Any, ...], row: Any
+) -> tuple[Tensor, Tensor] | None:
+    """The CPU's kernel called past the dispatcher, when all options are numbers and the tensor is an ordinary one; None
+    if anything is out of the ordinary, or wrong: the long way then does it, or says what it is.
+
+    One row takes the long way longer than it takes the kernel.
+    """
+    if (
+        _is_compiling()
+        or type(logits) is not Tensor
+        or not logits.is_cpu
+        or _is_like_a_subclass(logits)
+        or logits.is_neg()
+        or profiler._is_profiler_enabled  # which shall see the operator
+        or logits.dtype not in DTYPES
+        or not (row is None or (type(row) is int and 0 <= row < 2**32))
+    ):
+        return None
+    shape, strides = logits.shape, logits.stride()
+    single = len(shape) == 1
+    if not 1 <= len(shape) <= 2 or type(shape[0]) is not int:  # but a tensor, under torch.jit.trace
+        return None
+    if not 1 <= shape[-1] <= MAX_VOCABULARY or not shape[0] or strides[-1] != 1:
+        return None
+    address = logits.data_ptr()
+    if not address:  # a tensor of zeros that has no memory
+        return None
+    of_rows = list(shape[:-1])
+    token, log_prob = logits.new_empty(of_rows, dtype=torch.int64), logits.new_empty(of_rows, dtype=torch.float32)
+    try:
+        native._C.cpu.sample(
+            token=token,
+            log_prob=log_prob,
+            logits=address,
+            reals=None,
+            integers=None,
+            row=None,
+            previous=None,
+            logit_bias=None,
+            rows=1 if single else shape[0],
+            vocab=shape[-1],
+            previous_count=0,
+            logits_stride=strides[0],
+            bias_stride=0,
+            all_reals=reals,
+            all_integers=integers,
+            all_row=-1 if row is None else row,
+            dtype=DTYPES[logits.dtype],
+        )
+    except (TypeError, ValueError):
+        return None
+    return token, log_prob
 
 
 # --- arguments ---

@@ -282,6 +282,37 @@ def test_registration(reduction, backend):
     harness.opcheck("cross_entropy", (x, target, *options))
     loss, *saved = harness.raw("cross_entropy", x.detach(), target, *options)
     harness.opcheck("cross_entropy_backward", (torch.randn_like(loss), x.detach(), target, *saved, *options))
+    if reduction != "none":
+        harness.opcheck("cross_entropy_gradients", (x.detach(), target, *options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_every_backward_of_a_retained_graph(reduction, dtype):
+    """The first takes the gradient that the forward computed, the others compute it; by any factor that arrives."""
+    target = targets(5, 3000, [2])
+    x = (torch.randn(5, 3000) * 3).to(dtype).requires_grad_()
+    loss = ops.cross_entropy(x, target, reduction=reduction, z_loss=1e-3, backend="cpu")
+    gradients = [torch.autograd.grad(loss, x, torch.tensor(f, dtype=dtype), retain_graph=True)[0] for f in (1, 1, 2, 0)]
+    again = ops.cross_entropy(x, target, reduction=reduction, z_loss=1e-3, backend="cpu")
+    gradients.append(torch.autograd.grad(again, x, torch.tensor(2, dtype=dtype))[0])
+    for factor, gradient in zip((1, 1, 2, 0, 2), gradients, strict=True):
+        torch.testing.assert_close(gradient, gradients[0] * factor)
+        assert not gradient[2].any()
+    last = ops.cross_entropy(x, target, reduction=reduction, backend="cpu")
+    (broken,) = torch.autograd.grad(last, x, torch.tensor(torch.inf, dtype=dtype))
+    assert not broken[2].any()
+    assert not broken[0].isfinite().all()
+
+
+def test_maxima_in_every_block():
+    """Rows that rise, fall and jump between blocks, so that what is subtracted changes on the way."""
+    cols = 9000
+    rising, steps = torch.arange(cols) / 100.0, (torch.arange(cols) // 2048) * 7.3
+    x = torch.stack([rising, -rising, steps, -steps, steps.flip(0)]).double() + torch.randn(5, cols) * 0.1
+    for smoothing in (0.0, 0.2):
+        run = runner(targets(5, cols), label_smoothing=smoothing)
+        harness.check(run, {"input": x.requires_grad_()}, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastgpt
 from tests.ops import harness, statistics
@@ -470,6 +471,39 @@ def test_fake_tensors():
     with FakeTensorMode():
         token, log_prob = ops.sample(torch.empty(4, 9), temperature=torch.ones(4), row=0, backend="cpu")
     assert (token.shape, token.dtype, log_prob.shape, log_prob.dtype) == ((4,), torch.int64, (4,), torch.float32)
+
+
+def test_the_short_way_gives_what_the_long_one_does():
+    """Numbers for options and an ordinary tensor go past the dispatcher; a tensor of the same values does not."""
+    for options in FILTERS:
+        for dtype in harness.FLOATS:
+            for logits in (
+                torch.randn(3, 300) * 3,
+                torch.randn(300),
+                torch.randn(3, 400)[:, 50:350],
+                torch.randn(1, 1),
+            ):
+                x = logits.to(dtype)
+                rows = 1 if x.dim() == 1 else len(x)
+                seed = torch.full((rows,), 5)
+                short = ops.sample(x, **options, seed=5, position=2, backend="cpu")
+                harness.assert_same_bits([[*short], [*ops.sample(x, **options, seed=seed, position=2)]], f"{options}")
+                assert [t.shape for t in short] == [x.shape[:-1]] * 2
+
+
+def test_what_looks_at_operators_sees_sample():
+    logits = torch.randn(2, 50)
+    with torch.profiler.profile() as profile:
+        ops.sample(logits)
+    assert any(event.key == "fastgpt::sample" for event in profile.key_averages())
+    graph = make_fx(lambda x: ops.sample(x)[0])(logits)
+    assert "fastgpt.sample" in graph.code
+    traced = torch.jit.trace(lambda x: ops.sample(x, seed=3)[0], logits)
+    assert torch.equal(traced(-logits), ops.sample(-logits, seed=3)[0])
+    each = torch.func.vmap(lambda x: ops.sample(x, temperature=0.0)[1])(logits)
+    torch.testing.assert_close(each, ops.sample(logits, temperature=0.0)[1])
+    turned = torch.complex(torch.zeros(2, 50), logits).conj().imag  # -logits, in a view that says so
+    assert torch.equal(ops.sample(turned, seed=3)[0], ops.sample(-logits, seed=3)[0])
 
 
 def test_float64_goes_to_the_reference_openly():
