@@ -78,6 +78,7 @@ def test_a_suite_end_to_end(tmp_path):
     assert {row["scale"][0] for row in found["rows"] if row["scale"]} == {"T", "V"}
     # A second part beside the first, then what changed: nothing that is in both.
     result = run("rotary", "--keep", "--quick", "--minutes", "0.1", "--results", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
     assert {row["suite"] for row in report.read(tmp_path / "bench.json")["rows"]} == {"rotary", "scaling"}
     path = str(tmp_path / "bench.json")
     result = run("--compare", path, path)
