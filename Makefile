@@ -17,7 +17,7 @@ SANITIZER := ttsem==0.1.0
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-slow mutate gate gpu bench lint format doctor clean
+.PHONY: help demo test test-triton test-slow test-levels sanitize mutate gate gpu bench lint format doctor clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,6 +44,18 @@ gpu: ## On a machine with an NVIDIA GPU: build, test, sanitize, benchmark; write
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: this machine has no NVIDIA GPU (nvidia-smi finds none), so nothing was built or measured"; exit 1; }
 	@FASTGPT_CUDA=off $(MAKE) --no-print-directory $(READY)
 	@$(BIN)/fastgpt gpu
+
+# The budget is plain torch's error on such a machine, so torch gets no instructions that the level lacks: without FMA its
+# own products round twice too. Skipped: a level that this machine lacks. The fastest level is the one of `make test`.
+LEVEL_baseline := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+LEVEL_avx2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+test-levels: $(READY) ## Run the operators' tests on each slower instruction-set level of the CPU kernels
+	$(foreach level,$(shell $(BIN)/python -c "from fastgpt.ops.native import _C; print(*[n for n, _, can in _C.cpu.isas() if can and n != _C.cpu.isa()])"),\
+	FASTGPT_CPU_ISA=$(level) $(LEVEL_$(level)) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --benchmark-disable tests/ops \
+	-m "not slow and not triton" -k "cpu and not instruction_set and not registration" &&) true
+
+sanitize: $(READY) ## Run the operators' tests on the native core under the address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m tests.sanitize -j $(JOBS)
 
 mutate: $(READY) ## Plant known bugs in the CUDA and Triton kernels, one at a time: the tests must notice each
 	$(BIN)/python -m tests.mutation -j $(JOBS)

@@ -23,6 +23,10 @@ def pytest_configure(config):
     # One test process per core (pytest-xdist): thread pools that spin against each other would take minutes.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    # `make sanitize`: ThreadSanitizer sees what the core's own loop does, but not torch's pool.
+    if threads := os.environ.get("FASTGPT_OWN_THREADS"):
+        native._C.set_parallel_functions(0, 0)
+        native._C.set_own_threads(int(threads))
 
 
 def pytest_runtest_setup(item):

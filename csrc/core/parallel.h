@@ -28,6 +28,9 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, LoopBody body, void
 template <class F>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& f) {
   if (begin >= end) return;
+#if defined(FASTGPT_SANITIZE_THREAD)
+  grain = 1;  // threads for every loop, however small: the more pieces, the more races show
+#endif
   if (end - begin <= grain) {
     f(begin, end);
     return;

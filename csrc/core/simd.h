@@ -154,7 +154,7 @@ inline void store(T* p, Vec v, int64_t n) {
   store(lanes, v);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(FASTGPT_SANITIZE_ADDRESS)  // which does not see masked accesses
 inline Vec load(const float* p, int64_t n, float fill = 0.0f) {
   if (n >= kLanes) return load(p);
   return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1u), p);

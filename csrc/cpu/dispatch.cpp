@@ -23,7 +23,7 @@ namespace cpu {
 namespace {
 
 #ifdef FASTGPT_X86
-bool has_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
+[[maybe_unused]] bool has_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
 bool has_v3() {
   return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
@@ -31,13 +31,23 @@ bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"); }
+[[maybe_unused]] bool has_v4_bf16() {
+  return has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 
 const Level all_levels[] = {
+#ifdef FASTGPT_HAS_BASELINE  // by FASTGPT_LEVELS of CMakeLists.txt: all, unless told otherwise
     {"baseline", "x86-64-v2 (SSE4.2)", has_v2, &fastgpt::baseline::kernels},
+#endif
+#ifdef FASTGPT_HAS_AVX2
     {"avx2", "x86-64-v3 (AVX2, FMA)", has_v3, &fastgpt::avx2::kernels},
+#endif
+#ifdef FASTGPT_HAS_AVX512
     {"avx512", "x86-64-v4 (AVX-512 F, BW, CD, DQ, VL)", has_v4, &fastgpt::avx512::kernels},
+#endif
+#ifdef FASTGPT_HAS_AVX512_BF16
     {"avx512_bf16", "x86-64-v4 with AVX-512 BF16 and VNNI", has_v4_bf16, &fastgpt::avx512_bf16::kernels},
+#endif
 };
 #else
 const Level all_levels[] = {{"portable", "nothing special", [] { return true; }, &fastgpt::portable::kernels}};

@@ -27,7 +27,20 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
+
+def _load_from(module: str, path: str) -> Any:
+    """Loads the file ``path`` as the module fastgpt.``module``, in the place of this package's own."""
+    spec = importlib.util.spec_from_file_location(f"fastgpt.{module}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 try:
+    if path := os.environ.get("FASTGPT_C_LIBRARY"):  # another build of the core: `make sanitize` judges one that way
+        _load_from("_C", path)
     from fastgpt import _C
 except ImportError as error:  # pragma: no cover - only in a broken installation
     raise ImportError(
@@ -95,12 +108,7 @@ def _optional(name: str) -> Any:
     place: the mutation run judges changed kernels that way.
     """
     if path := os.environ.get(f"FASTGPT{name.upper()}_LIBRARY"):
-        spec = importlib.util.spec_from_file_location(f"fastgpt.{name}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return _load_from(name, path)
     try:
         return importlib.import_module(f"fastgpt.{name}")
     except ModuleNotFoundError:
