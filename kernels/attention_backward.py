@@ -29,12 +29,15 @@ from triton.backends.compiler import GPUTarget
 
 from fastgpt.kernels.attention_core import (
     LOG2E,
+    Tiles,
     biased,
+    described_tile,
     dropout_scale,
     end_key_of,
     end_query_of,
     first_key_of,
     first_query_of,
+    has_copy_engine,
     limit,
     load_tile,
     sees,
@@ -210,10 +213,11 @@ _NUMBERS = [
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def attention_backward_keys_kernel(
-    dk, dv, dout, lse, delta, q, k, v, mask, alibi, seed, cu_seqlens_q, cu_seqlens_k, heads, kv_heads, queries, keys,
-    dim, value_dim, dk_strides, dv_strides, dout_strides, q_strides, k_strides, v_strides, lse_strides, mask_strides,
-    alibi_stride, left, right, threshold, scale, softcap, kept_scale, BOTTOM_RIGHT: tl.constexpr, UNIT: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, STRETCH: tl.constexpr, OWN: tl.constexpr, STREAM: tl.constexpr,
+    dk, dv, q_tiles, dout_tiles, dout, lse, delta, q, k, v, mask, alibi, seed, cu_seqlens_q, cu_seqlens_k, heads,
+    kv_heads, queries, keys, dim, value_dim, dk_strides, dv_strides, dout_strides, q_strides, k_strides, v_strides,
+    lse_strides, mask_strides, alibi_stride, left, right, threshold, scale, softcap, kept_scale,
+    BOTTOM_RIGHT: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    STRETCH: tl.constexpr, OWN: tl.constexpr, STREAM: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """dK and dV of OWN keys, from tiles of STREAM queries; scores are transposed, (keys, queries)."""
     # Whether the band is all that a score's mask depends on.
@@ -259,8 +263,12 @@ def attention_backward_keys_kernel(
                 there = query < queries
                 q_rows = _rows(q, q_strides, UNIT, batch, head, first_query + query)
                 dout_rows = _rows(dout, dout_strides, UNIT, batch, head, first_query + query)
-                q_tile = load_tile(q_rows, there, columns, dim)
-                dout_tile = load_tile(dout_rows, there, value_columns, value_dim)
+                if TMA:
+                    q_tile = described_tile(q_tiles, batch, head, at)
+                    dout_tile = described_tile(dout_tiles, batch, head, at)
+                else:
+                    q_tile = load_tile(q_rows, there, columns, dim)
+                    dout_tile = load_tile(dout_rows, there, value_columns, value_dim)
                 row_lse = _log_sum_exp(tl.load(lse + stats + query, mask=there, other=float("inf")))
                 row_delta = tl.load(delta + stats + query, mask=there, other=0.0)
                 s = _product(scale, own_k, k_rows, own_there, q_tile, q_rows, there, dim, WIDTH, STRETCH)
@@ -284,10 +292,11 @@ def attention_backward_keys_kernel(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def attention_backward_queries_kernel(
-    dq, dout, lse, delta, q, k, v, mask, alibi, seed, cu_seqlens_q, cu_seqlens_k, heads, kv_heads, queries, keys,
-    dim, value_dim, dq_strides, dout_strides, q_strides, k_strides, v_strides, lse_strides, mask_strides,
+    dq, k_tiles, v_tiles, dout, lse, delta, q, k, v, mask, alibi, seed, cu_seqlens_q, cu_seqlens_k, heads, kv_heads,
+    queries, keys, dim, value_dim, dq_strides, dout_strides, q_strides, k_strides, v_strides, lse_strides, mask_strides,
     alibi_stride, left, right, threshold, scale, softcap, kept_scale, BOTTOM_RIGHT: tl.constexpr, UNIT: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, STRETCH: tl.constexpr, OWN: tl.constexpr, STREAM: tl.constexpr,
+    TMA: tl.constexpr = False,
 ):  # fmt: skip
     """dQ of OWN queries, from tiles of STREAM keys."""
     PLAIN: tl.constexpr = mask is None and alibi is None and seed is None
@@ -331,8 +340,12 @@ def attention_backward_queries_kernel(
             there = None if part == 1 else key < keys
             k_rows = _rows(k, k_strides, UNIT, batch, kv_head, first_key + key)
             v_rows = _rows(v, v_strides, UNIT, batch, kv_head, first_key + key)
-            k_tile = load_tile(k_rows, there, columns, dim)
-            v_tile = _own_tile(v_rows, there, value_columns, value_dim, STRETCH)
+            if TMA:
+                k_tile = described_tile(k_tiles, batch, kv_head, at)
+                v_tile = described_tile(v_tiles, batch, kv_head, at)
+            else:
+                k_tile = load_tile(k_rows, there, columns, dim)
+                v_tile = _own_tile(v_rows, there, value_columns, value_dim, STRETCH)
             s = _product(scale, own_q, q_rows, own_there, k_tile, k_rows, there, dim, WIDTH, STRETCH)
             dp = _product(
                 kept_scale, own_dout, dout_rows, own_there, v_tile, v_rows, there, value_dim, VALUE_WIDTH, STRETCH
@@ -397,42 +410,67 @@ def attention_backward(
     }
 
     plain = mask is None and alibi is None and not dropout_threshold
-    shape_class = (str(q.dtype), max(width, value_width), plain, left >= 0, right >= 0)
+    packed, widest = cu_seqlens_q is not None, max(width, value_width)
+    shape_class = (str(q.dtype), widest, plain, left >= 0, right >= 0)
 
-    def gradients(kernel: Any, rows: int, row_heads: int, results: Sequence[Tensor], result_strides: Any) -> None:
+    def gradients(
+        kernel: Any, rows: int, row_heads: int, results: Sequence[Tensor], result_strides: Any, *stream: Tiles
+    ) -> None:
+        # What lies past a packed sequence's end is not past the tensor's, and would be fetched.
+        described = not packed and all(tiles.describable() for tiles in stream)
         launch(
-            kernel, lambda constants: (triton.cdiv(rows, constants["OWN"]) * row_heads * batch,), *results, *tensors,
-            *sizes, *result_strides, *options, shape_class=shape_class,
-            configs=_configs(len(results) == 2, q.dtype, max(width, value_width), not plain, cu_seqlens_q is not None),
-            **constants,
+            kernel, lambda constants: (triton.cdiv(rows, constants["OWN"]) * row_heads * batch,), *results, *stream,
+            *tensors, *sizes, *result_strides, *options, shape_class=(*shape_class, described),
+            configs=_configs(len(results) == 2, q.dtype, widest, not plain, left >= 0, packed, described), **constants,
         )  # fmt: skip
 
-    gradients(attention_backward_keys_kernel, keys, kv_heads, (dk, dv), (dks, dvs))
-    gradients(attention_backward_queries_kernel, queries, heads, (dq,), (dqs,))
+    gradients(
+        attention_backward_keys_kernel, keys, kv_heads, (dk, dv), (dks, dvs),
+        Tiles(q, (batch, heads, queries, dim), q_strides, "STREAM", width),
+        Tiles(dout, (batch, heads, queries, value_dim), dout_strides, "STREAM", value_width),
+    )  # fmt: skip
+    gradients(
+        attention_backward_queries_kernel, queries, heads, (dq,), (dqs,),
+        Tiles(k, (batch, kv_heads, keys, dim), k_strides, "STREAM", width),
+        Tiles(v, (batch, kv_heads, keys, value_dim), v_strides, "STREAM", value_width),
+    )  # fmt: skip
 
 
-def _configs(own_keys: bool, dtype: torch.dtype, width: int, options: bool, packed: bool) -> Configs:
+def _configs(
+    own_keys: bool, dtype: torch.dtype, width: int, options: bool, window: bool, packed: bool, described: bool
+) -> Configs:
     """Own rows, rows of a tile of the stream, warps and stages, for head dims padded to ``width``. Registers decide:
     two sums, each of own rows x width, stay in them where keys are owned; what options and packed sequences look up
-    takes some as well."""
+    takes some as well, and so does a third loop. The stream comes by descriptors where it has any and the architecture
+    can use them, which frees some."""
     size = 0 if width <= 64 else 1 if width == 128 else 2
 
-    def tiles(target: GPUTarget) -> tuple[int, int, int, int]:
+    def tiles(target: GPUTarget, tma: bool) -> tuple[int, int, int, int]:
         if target.backend == "hip":  # 64 KB of shared memory
             return (32 if size < 2 else 16, 16, 4, 1) if own_keys else (64 if size < 2 else 32, 16, 4, 1)
         if dtype == torch.float32:
             return ((64, 16, 8, 2), (32, 16, 8, 2), (16 if own_keys else 32, 16, 8, 2))[size]
         large = target.arch in (90, 100, 103)  # 227 KB of shared memory, and products of 64 rows a warp group
         if not own_keys:
+            if size == 1 and options and not large:
+                return (64, 16, 4, 2)
             return ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32 if large else 16, 8, 2))[size]
+        if size == 0 and (options or (window and not large)):
+            return (32, 32, 4 if target.arch in (100, 103) else 8, 2)
         if size == 0:
-            return (32, 32, 8, 2) if options else (64, 32, 4 if large or not packed else 8, 2)
+            return (64, 32, 4 if large or not packed else 8, 2)
         if size == 2 or (packed and target.arch in (80, 86, 89, 100, 103)):
             return (32, 32, 8, 2)
-        return {90: (64, 16, 8, 2), 100: (32, 32, 4, 2), 103: (32, 32, 4, 2)}.get(target.arch, (64, 32, 8, 2))
+        if not large or (tma and not (options or window)):
+            return (64, 32, 8, 2)
+        return (64, 16, 8, 2) if target.arch == 90 else (32, 32, 4, 2)
 
     def configs(target: GPUTarget) -> list[triton.Config]:
-        own, stream, warps, stages = tiles(target)
-        return [triton.Config({"OWN": own, "STREAM": stream}, num_warps=warps, num_stages=stages)]
+        tma = described and has_copy_engine(target)
+        if own_keys and size == 0 and target.arch == 120:  # they would spill there
+            tma = False
+        own, stream, warps, stages = tiles(target, tma)
+        constants = {"OWN": own, "STREAM": stream, **({"TMA": True} if tma else {})}
+        return [triton.Config(constants, num_warps=warps, num_stages=stages)]
 
     return configs

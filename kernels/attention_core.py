@@ -9,10 +9,13 @@ limit (``left``, ``right``), ``softcap``, the slope of ALiBi, the mask, cu_seqle
 
 from collections.abc import Sequence
 from math import gcd
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels.core import tanh
 
@@ -56,6 +59,14 @@ def load_tile(rows, there, columns, dim):
 
 
 @triton.jit
+def described_tile(tiles, batch, head, row):
+    """The same tile by its descriptor (``Tiles``): the copy engine of sm_90 and later fetches it, without a
+    thread or a register for addresses, and writes zeros for what lies past the tensor's end."""
+    tile = tiles.load([tl.cast(batch, tl.int32), tl.cast(head, tl.int32), row, 0])
+    return tl.reshape(tile, tile.shape[2:])
+
+
+@triton.jit
 def store_tile(rows, there, columns, dim, tile):
     """The same of a store; ``there`` is given."""
     pointers, inside = rows[:, None] + columns[None, :], there[:, None]
@@ -76,6 +87,35 @@ def unit_of(tensors: Sequence[Tensor], numbers: Sequence[int]) -> int:
     """
     unit = 16 // max(t.element_size() for t in tensors)
     return unit if gcd(*numbers) % unit == 0 else 1
+
+
+def has_copy_engine(target: GPUTarget) -> bool:
+    """Whether tiles can be fetched by descriptors (NVIDIA's TMA); elsewhere Triton makes pointers of them."""
+    return target.backend == "cuda" and target.arch >= 90
+
+
+class Tiles(NamedTuple):
+    """Where tiles of a tensor come from, an argument of a launch: their descriptor, or None where the configuration
+    does not have ``TMA`` and takes pointers."""
+
+    tensor: Tensor
+    extents: tuple[int, int, int, int]  # batch, heads, rows, columns
+    strides: Sequence[int]  # of the first three; columns are next to each other
+    rows: str  # the constant that says how many rows a tile has
+    width: int  # and its columns
+
+    def describable(self) -> bool:
+        """Whether a descriptor can say it: elements of 16 bits (float32 is read in parts of a row), a beginning and
+        strides that are multiples of 16 bytes, nothing that is repeated, nothing empty."""
+        size = self.tensor.element_size()
+        apart = all(0 < stride * size < 1 << 40 and stride * size % 16 == 0 for stride in self.strides)
+        return size == 2 and min(self.extents) > 0 and apart and self.tensor.data_ptr() % 16 == 0
+
+    def __call__(self, constants: dict[str, Any]) -> TensorDescriptor | None:
+        if not constants.get("TMA"):
+            return None
+        tile = [1, 1, constants[self.rows], self.width]
+        return TensorDescriptor(self.tensor, list(self.extents), [*self.strides, 1], tile)
 
 
 def limit(side: int) -> int | None:

@@ -23,14 +23,17 @@ from fastgpt.kernels.attention_core import (
     LOG2E,
     MAX_LENGTH,
     MIN_TILE,
+    Tiles,
     biased,
     capped,
+    described_tile,
     dropout_scale,
     end_key_of,
     exponential,
     finished,
     finite_or_zero,
     first_key_of,
+    has_copy_engine,
     limit,
     load_tile,
     sees,
@@ -63,15 +66,16 @@ _NUMBERS = [
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def attention_forward_kernel(
-    out, lse, q, k, v, mask, sinks, alibi, dropout_seed, cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table,
-    kv_heads, group, queries, keys, dim, value_dim, out_batch, out_head, out_row, q_batch, q_head, q_row,
+    out, lse, q, k, v, k_tiles, v_tiles, mask, sinks, alibi, dropout_seed, cu_seqlens_q, cu_seqlens_k, cache_seqlens,
+    block_table, kv_heads, group, queries, keys, dim, value_dim, out_batch, out_head, out_row, q_batch, q_head, q_row,
     k_batch, k_head, k_row, v_batch, v_head, v_row, lse_batch, lse_head, mask_batch, mask_head, mask_row, mask_key,
     alibi_batch, table_stride, page_size, left, right, dropout_threshold, dropout_factor, scale, softcap,
     part_o, part_m, part_l, splits, split_count, split_least,
     BOTTOM_RIGHT: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    KEYS: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
-    """None for what a call has not; strides of q, k, v and out and head dims in units of UNIT elements."""
+    """None for what a call has not; strides of q, k, v and out and head dims in units of UNIT elements. TMA: keys and
+    values come by the descriptors ``k_tiles`` and ``v_tiles``."""
     HALF: tl.constexpr = q.dtype.element_ty != tl.float32
     # Whether the band is all that a score's mask depends on.
     PLAIN: tl.constexpr = (
@@ -152,7 +156,11 @@ def attention_forward_kernel(
                 k_rows = k + page.to(tl.int64) * k_batch * UNIT + row_of_page * k_row * UNIT
                 v_rows = v + page.to(tl.int64) * v_batch * UNIT + row_of_page * v_row * UNIT
             if HALF:
-                s = tl.dot(q_tile, tl.trans(load_tile(k_rows, there, columns, dim)))
+                if TMA:
+                    k_tile = described_tile(k_tiles, batch, kv_head, first_of_tile)
+                else:
+                    k_tile = load_tile(k_rows, there, columns, dim)
+                s = tl.dot(q_tile, tl.trans(k_tile))
                 s *= scale * SCORE_UNIT if PLAIN else scale
             else:
                 s = _scaled_product(scale, q_rows, k_rows, there, dim, D)
@@ -174,7 +182,10 @@ def attention_forward_kernel(
             if dropout_seed is not None:
                 numbers = dropout_values(seed, dropout_head, query, first_of_tile, KEYS)
                 p = tl.where(numbers >= dropout_threshold, p, 0.0)
-            v_tile = load_tile(v_rows, there, value_columns, value_dim)
+            if TMA:
+                v_tile = described_tile(v_tiles, batch, kv_head, first_of_tile)
+            else:
+                v_tile = load_tile(v_rows, there, value_columns, value_dim)
             o = tl.dot(p.to(v_tile.dtype), v_tile, o * shrink[:, None], input_precision="ieee")
 
     inside = first_row + tl.arange(0, ROWS) < rows
@@ -227,21 +238,29 @@ def attention_forward(
     split = cu_seqlens_q is None and splits_keys(queries * group, num_splits)
     pieces = pieces_of(q, batch * heads * queries, keys, value_width, num_splits) if split else NO_PIECES
     half, widest = q.dtype != float32, max(width, value_width)
-    configs = decode_configs(half, widest, rows) if split else _configs(half, widest, options, left >= 0, rows)
+    k_tiles = Tiles(k, (batch, kv_heads, keys, dim), k_strides, "KEYS", width)
+    v_tiles = Tiles(v, (batch, kv_heads, keys, value_dim), v_strides, "KEYS", value_width)
+    # What lies past a packed or cached sequence's end is not past the tensor's, and would be fetched.
+    dense = cu_seqlens_k is None and cache_seqlens is None and block_table is None
+    described = dense and k_tiles.describable() and v_tiles.describable()
+    if split:
+        configs = decode_configs(half, widest, rows)
+    else:
+        configs = _configs(half, widest, options, left >= 0, rows, described)
 
     def grid(constants: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(queries * group, constants["ROWS"]) * batch * kv_heads * (pieces.splits or 1),)
 
     launch(
         attention_forward_kernel, grid,
-        out, lse, q, k, v, mask, sinks, alibi, dropout_seed if dropout_threshold else None, cu_seqlens_q, cu_seqlens_k,
-        cache_seqlens, block_table,
+        out, lse, q, k, v, k_tiles, v_tiles, mask, sinks, alibi, dropout_seed if dropout_threshold else None,
+        cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table,
         kv_heads, group, queries, keys, None if dim == width else dim // unit,
         value_columns, *(stride // unit for stride in strides),
         *lse_strides, *((None,) * 4 if mask is None else mask_strides), alibi_stride, block_table_stride, page_size,
         limit(left), limit(right), dropout_threshold, factor, scale, softcap if softcap > 0 else None, *pieces,
         configs=configs,
-        shape_class=(q.dtype, widest, split, options, left >= 0, right >= 0, min(rows, 128).bit_length()),
+        shape_class=(q.dtype, widest, split, options, described, left >= 0, right >= 0, min(rows, 128).bit_length()),
         fp_fusion=q.dtype == float32, BOTTOM_RIGHT=bottom_right, UNIT=unit, D=width, DV=value_width,
     )  # fmt: skip
     if pieces.o is not None:
@@ -252,14 +271,16 @@ def attention_forward(
         )  # fmt: skip
 
 
-def _configs(half: bool, width: int, options: bool, window: bool, rows: int) -> Configs:
-    """Tiles for head dims padded to ``width``, with no more rows than there are."""
+def _configs(half: bool, width: int, options: bool, window: bool, rows: int, described: bool) -> Configs:
+    """Tiles for head dims padded to ``width``, with no more rows than there are; by descriptors where keys and values
+    have any (``described``) and the architecture can use them."""
     most = max(triton.next_power_of_2(rows), MIN_TILE)
 
     def configs(target: GPUTarget) -> list[triton.Config]:
+        tma = {"TMA": True} if described and has_copy_engine(target) else {}
         return [
             triton.Config(
-                {"ROWS": min(tile_rows, most), "KEYS": tile_keys},
+                {"ROWS": min(tile_rows, most), "KEYS": tile_keys, **tma},
                 num_warps=warps if tile_rows <= most else 4,
                 num_stages=stages,
             )

@@ -65,8 +65,8 @@ def variants(launch: Launch, target: GPUTarget) -> Iterator[Variant]:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     for index, config in enumerate(launch.configs(target)):
         named = {"num_warps": config.num_warps, "num_stages": config.num_stages, **launch.options}
-        named = {**launch.constants, **config.kwargs, **named}
-        bound, specialization, options = bind(*launch.args, **named)
+        named = {**launch.constants_with(config), **named}
+        bound, specialization, options = bind(*launch.args_with(config), **named)
         options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)
         source = ASTSource(kernel, signature, constants, attributes)
         yield Variant(launch, config, index == 0, target, source, options.__dict__)

@@ -37,6 +37,15 @@ class Launch:
     configs: Configs
     options: dict[str, Any] = field(default_factory=dict)
 
+    def constants_with(self, config: triton.Config) -> dict[str, Any]:
+        """Every tl.constexpr argument."""
+        return {**self.constants, **config.kwargs}
+
+    def args_with(self, config: triton.Config) -> tuple[Any, ...]:
+        """The other arguments; those that depend on the configuration as it has them."""
+        chosen = self.constants_with(config)
+        return tuple(arg(chosen) if callable(arg) else arg for arg in self.args)
+
 
 _records: list[Launch] | None = None
 
@@ -74,7 +83,8 @@ def launch(
         grid: its extents, or a function of the constants (those of the configuration included). Nothing runs if an
             extent is zero.
         args: the arguments that are not tl.constexpr, in order. Tensors stand for their first element; None for a null
-            pointer, which the kernel sees as a constant.
+            pointer, which the kernel sees as a constant. A function is called with the constants (those of the
+            configuration included) and gives the argument: a descriptor of tiles depends on their size.
         configs: what to choose from. Where that is more than one, the kernel runs many times over while they are timed,
             so it must not read what it writes.
         shape_class: what the best configuration depends on, besides the kernel and the architecture: a power of two of
@@ -82,29 +92,23 @@ def launch(
         fp_fusion: whether a * b + c may become one instruction; False where bits must equal another backend's.
         constants: the tl.constexpr arguments that are not the configuration's.
     """
-    options = {"enable_fp_fusion": fp_fusion}
+    call = Launch(kernel, args, constants, configs, {"enable_fp_fusion": fp_fusion})
     if _records is not None:
-        _records.append(Launch(kernel, args, constants, configs, options))
+        _records.append(call)
         return
     if not callable(grid) and 0 in grid:
         return
-    run = functools.partial(_run, kernel, grid, args, constants, options)
+    run = functools.partial(_run, call, grid)
     choices = configs(_target())
     run(choices[0] if len(choices) == 1 else _choose(kernel, choices, shape_class, run))
 
 
-def _run(
-    kernel: Any,
-    grid: Grid,
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-    config: triton.Config,
-) -> None:
-    chosen = {**constants, **config.kwargs}
+def _run(call: Launch, grid: Grid, config: triton.Config) -> None:
+    chosen = call.constants_with(config)
     extents = grid(chosen) if callable(grid) else grid
     if 0 not in extents:
-        kernel[extents](*args, **chosen, num_warps=config.num_warps, num_stages=config.num_stages, **options)
+        named = {**chosen, "num_warps": config.num_warps, "num_stages": config.num_stages, **call.options}
+        call.kernel[extents](*call.args_with(config), **named)
 
 
 _targets: dict[tuple[Any, int], GPUTarget] = {}

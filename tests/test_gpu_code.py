@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def source(tmp_path_factory):
 def kernels(source):
     cubin = source.with_suffix(".cubin")
     code.compile_cubin(source, 80, cubin, strict=False)
-    return {kernel.name: kernel for kernel in code.read_cubin(cubin)}
+    return {kernel.name: kernel for kernel in code.read_cubins([cubin])[0]}
 
 
 @needs_nvcc
@@ -92,8 +93,44 @@ def test_what_a_cubin_says(kernels):
 def test_static_shared_memory_is_the_kernels_own_on_every_architecture(source, tmp_path):
     """From sm_90 on, the tools count the kilobyte that the system reserves as well."""
     code.compile_cubin(source, 90, tmp_path / "planted.cubin", strict=False)
-    found = {kernel.name: kernel.shared for kernel in code.read_cubin(tmp_path / "planted.cubin")}
+    found = {kernel.name: kernel.shared for kernel in code.read_cubins([tmp_path / "planted.cubin"])[0]}
     assert found == {"copy_kernel": 2048, "local_kernel": 0, "bytes_kernel": 0, "registers_kernel<64>": 0}
+
+
+PTX = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry store_kernel(.param .u64 to)
+{
+    .reg .u64 %a;
+    ld.param.u64 %a, [to];
+    st.global.u32 [%a], 7;
+    ret;
+}
+.visible .entry empty_kernel()
+{
+    ret;
+}
+"""
+
+
+@pytest.mark.skipif(
+    tools.missing("ptxas", "cuobjdump", "nvdisasm") is not None,
+    reason=str(tools.missing("ptxas", "cuobjdump", "nvdisasm")),
+)
+def test_cubins_that_are_read_at_once_are_told_apart(tmp_path):
+    (tmp_path / "kernels.ptx").write_text(PTX)
+    cubins = [tmp_path / f"{number}.{architecture}.cubin" for number in (0, 1) for architecture in (80, 90)]
+    for cubin in cubins:
+        architecture = cubin.name.split(".")[1]
+        tools.run("ptxas", f"-arch=sm_{architecture}", tmp_path / "kernels.ptx", "-o", cubin)
+    for cubin, kernels in zip(cubins, code.read_cubins(cubins), strict=True):
+        alone = {"store_kernel": Counter(), "empty_kernel": Counter()}
+        for instruction in code.instructions(cubin):
+            alone[instruction.kernel][instruction.opcode] += 1
+        assert {kernel.name: Counter(kernel.opcodes) for kernel in kernels} == alone
+        assert alone["store_kernel"]["STG.E"] == 1
 
 
 @needs_nvcc

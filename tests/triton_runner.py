@@ -85,6 +85,7 @@ def sanitized():
     from ttsem import _fakedriver, sanitize
 
     _remember_compiled_kernels()
+    _load_tiles_of_fewer_dimensions()
     before = driver._active
     try:
         with sanitize.session(cuda_is_cpu=False), native.triton_on_cpu():
@@ -112,6 +113,20 @@ def _remember_compiled_kernels():
 
     harness.ir_for_launch = ir_of_specialisation
     mlir.parse = functools.cache(mlir.parse)  # nothing changes a parsed module
+
+
+@functools.cache
+def _load_tiles_of_fewer_dimensions():
+    """Triton makes one operation of a descriptor's load and the reshape that leaves out its extents of 1; ttsem gives
+    the result with them."""
+    from ttsem import ops
+
+    load = ops.OPS["tt.descriptor_load"]
+
+    def load_as_shaped(interp, op, args):
+        return [tile.reshape(ops._rty(op).shape) for tile in load(interp, op, args)]
+
+    ops.OPS["tt.descriptor_load"] = load_as_shaped
 
 
 def running(item):

@@ -5,17 +5,21 @@ A kernel goes by the short name that the emulator gives it too: ``rotary_kernel<
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
+import struct
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -153,8 +157,37 @@ def instructions(cubin: Path, *, lines: bool = False) -> Iterator[Instruction]:
             kernel, place, inlined = found[1], [], False
 
 
-def read_cubin(cubin: Path) -> list[Kernel]:
-    """The kernels in a cubin."""
+def _machine_code(cubin: Path) -> Iterator[tuple[str, bytes]]:
+    """The kernels of a cubin, an ELF file: their mangled names and instructions."""
+    data = cubin.read_bytes()
+    (headers,) = struct.unpack_from("<Q", data, 0x28)
+    size, number, names = struct.unpack_from("<HHH", data, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", data, headers + i * size) for i in range(number)]
+    for name, _, _, _, offset, length in sections:
+        start = sections[names][4] + name
+        title = data[start : data.index(b"\0", start)].decode()
+        if title.startswith(".text."):
+            yield title.removeprefix(".text."), data[offset : offset + length]
+
+
+def _opcodes(cubins: Iterable[Path], architecture: int) -> dict[tuple[Path, str], Counter[str]]:
+    """(cubin, mangled name) -> how many of each instruction. All at once, as plain machine code: nvdisasm takes 0.3
+    seconds to start, and next to nothing for a kernel."""
+    pieces = [((cubin, name), text) for cubin in cubins for name, text in _machine_code(cubin)]
+    counts = {key: Counter[str]() for key, _ in pieces}
+    ends = list(itertools.accumulate(len(text) for _, text in pieces))
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(text for _, text in pieces))
+        file.flush()
+        for line in tools.run("nvdisasm", "-b", f"SM{architecture}", "-ndf", file.name).splitlines():
+            if found := _INSTRUCTION.match(line):
+                key, _ = pieces[bisect.bisect_right(ends, int(found[1], 16))]
+                counts[key][found[3]] += 1
+    return counts
+
+
+def _resources(cubin: Path) -> list[Kernel]:
+    """The kernels in a cubin, but for their instructions."""
     usage = _USAGE.findall(tools.run("cuobjdump", "-res-usage", cubin))
     if not usage:
         return []
@@ -170,12 +203,9 @@ def read_cubin(cubin: Path) -> list[Kernel]:
             name = section
         else:
             bounds[name] = int(x, 16) * int(y, 16) * int(z, 16)
-    opcodes: dict[str, Counter[str]] = {}
-    for instruction in instructions(cubin):
-        opcodes.setdefault(instruction.kernel, Counter())[instruction.opcode] += 1
     return [
         Kernel(
-            name=short_name(mangled),
+            name=mangled,
             source=source_of(mangled),
             architecture=architecture,
             registers=int(registers),
@@ -183,10 +213,25 @@ def read_cubin(cubin: Path) -> list[Kernel]:
             shared=max(int(shared) - SHARED_RESERVED, 0) if architecture >= 90 else int(shared),
             stack=int(stack),
             threads=bounds.get(mangled),
-            opcodes=dict(sorted(opcodes.get(mangled, Counter()).items())),
+            opcodes={},
             runs_also_on=RUNS_ALSO_ON.get(architecture, ()),
         )
         for mangled, registers, stack, shared in usage
+    ]
+
+
+def read_cubins(cubins: Sequence[Path]) -> list[list[Kernel]]:
+    """The kernels in each cubin."""
+    found = [_resources(cubin) for cubin in cubins]
+    opcodes: dict[tuple[Path, str], Counter[str]] = {}
+    for architecture in sorted({kernel.architecture for kernels in found for kernel in kernels}):
+        own = [
+            cubin for cubin, ks in zip(cubins, found, strict=True) if any(k.architecture == architecture for k in ks)
+        ]
+        opcodes |= _opcodes(own, architecture)
+    return [
+        [replace(k, name=short_name(k.name), opcodes=dict(sorted(opcodes[cubin, k.name].items()))) for k in kernels]
+        for cubin, kernels in zip(cubins, found, strict=True)
     ]
 
 
@@ -198,21 +243,23 @@ def _parallel(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
         return list(pool.map(function, items))
 
 
-def read_cached(cubin: Path, cache: Path | None) -> list[Kernel]:
+def read_cached(cubins: Sequence[Path], cache: Path | None) -> list[list[Kernel]]:
+    """``read_cubins``, where ``cache`` (a folder, or None) does not know the answer."""
     if cache is None:
-        return read_cubin(cubin)
+        return read_cubins(cubins)
     # What is read depends on the code, on the program that disassembles it, and on this file.
-    key = hashlib.sha256(cubin.read_bytes() + tools.version("nvdisasm").encode() + Path(__file__).read_bytes())
-    known = cache / f"{key.hexdigest()[:32]}.json"
-    if known.exists():
-        read = json.loads(known.read_text())
-        return [Kernel(**{**fields, "runs_also_on": tuple(fields["runs_also_on"])}) for fields in read]
-    kernels = read_cubin(cubin)
+    reader = tools.version("nvdisasm").encode() + Path(__file__).read_bytes()
+    known = [cache / f"{hashlib.sha256(cubin.read_bytes() + reader).hexdigest()[:32]}.json" for cubin in cubins]
+    missing = [(cubin, file) for cubin, file in zip(cubins, known, strict=True) if not file.exists()]
     cache.mkdir(parents=True, exist_ok=True)
-    written = known.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
-    written.replace(known)
-    return kernels
+    for (_, file), kernels in zip(missing, read_cubins([cubin for cubin, _ in missing]), strict=True):
+        written = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        written.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+        written.replace(file)
+    return [
+        [Kernel(**{**fields, "runs_also_on": tuple(fields["runs_also_on"])}) for fields in json.loads(file.read_text())]
+        for file in known
+    ]
 
 
 def _assemble(ptx: Path, architecture: int, folder: Path, cache: Path | None) -> Path:
@@ -258,7 +305,7 @@ def read_module(
             cubins += _parallel(
                 lambda job: _assemble(*job, folder, cache), [(ptx, number) for ptx in sources for number in also]
             )
-        kernels = [kernel for found in _parallel(lambda c: read_cached(c, cache), cubins) for kernel in found]
+        kernels = [kernel for found in _parallel(lambda c: read_cached([c], cache), cubins) for kernel in found[0]]
     return sorted(kernels, key=lambda k: (k.source, k.name, k.architecture))
 
 

@@ -29,6 +29,7 @@ from fastgpt.ops import native
 
 AMD = "gfx942"
 AMD_SHARED = 64 << 10  # bytes of LDS that a block may have
+_AT_ONCE = 16  # jobs: few enough for two processes to end together, many for what reads them together
 # An architecture runs the same code as the one before it in its row, where both have the same configurations.
 _SAME_CODE = {86: 80, 89: 86}
 CAUSES = {
@@ -132,33 +133,52 @@ def _listed() -> tuple[int, list[Compiled]]:
     return len(_jobs), _refused
 
 
-def _compile(index: int, cache: Path) -> Compiled:
+def _compile(indices: Sequence[int], cache: Path) -> list[Compiled]:
+    """Compiles some of the jobs, and reads what became of them."""
+    from fastgpt.kernels.compile import compiled
+
+    jobs = [_jobs[index] for index in indices]
+
+    def attempt(some: Sequence[_Job]) -> None:
+        for job in some:
+            with contextlib.suppress(Exception):  # the parent meets it again
+                compiled(job.variant)
+
+    aborts = _tried_aside(lambda: attempt(jobs)) != 0
+    found = [_compiled(job, _tried_aside(lambda job=job: attempt([job])) if aborts else 0) for job in jobs]  # type: ignore[misc]
+    built = [(n, c.cubin) for n, c in enumerate(found) if c.cubin is not None]
+    for (n, _), (kernel,) in zip(built, code.read_cached([cubin for _, cubin in built], cache), strict=True):
+        job, variant = jobs[n], jobs[n].variant
+        metadata = compiled(variant).metadata  # from Triton's cache
+        kernel = replace(
+            kernel,
+            name=job.name,
+            source=variant.file,
+            shared=metadata.shared,  # all of it is dynamic, and known when compiled
+            threads=kernel.threads or metadata.num_warps * WARP,
+            runs_also_on=job.runs_also_on,
+        )
+        found[n] = replace(found[n], kernel=kernel)
+    return found
+
+
+def _compiled(job: _Job, signal: int) -> Compiled:
+    """One job whose compilation was tried aside, and ended with ``signal`` or 0; its cubin is not read yet."""
     from fastgpt.kernels.compile import binary, compiled
 
-    job = _jobs[index]
     variant = job.variant
     nvidia = variant.target.backend == "cuda"
     name = f"sm_{variant.target.arch}" if nvidia else variant.target.arch
     result = Compiled(job.name, variant.file, name, variant.default)
+    if signal:
+        return replace(result, failed=f"the compiler itself ended with signal {signal}")
     try:
-        if signal := _tried_aside(lambda: compiled(variant)):
-            return replace(result, failed=f"the compiler itself ended with signal {signal}")
         built = compiled(variant)  # from Triton's cache
     except Exception as error:  # whatever Triton raises: the report says it
         return replace(result, failed=" ".join(f"{type(error).__name__}: {error}".split())[:400])
     if not nvidia:
         return replace(result, amd=amd_figures(built.asm["amdgcn"], built.metadata.shared))
-    cubin = binary(built, "cubin")
-    (kernel,) = code.read_cached(cubin, cache)
-    kernel = replace(
-        kernel,
-        name=job.name,
-        source=variant.file,
-        shared=built.metadata.shared,  # all of it is dynamic, and known when compiled
-        threads=kernel.threads or built.metadata.num_warps * WARP,
-        runs_also_on=job.runs_also_on,
-    )
-    return replace(result, kernel=kernel, cubin=cubin)
+    return replace(result, cubin=binary(built, "cubin"))
 
 
 def _tried_aside(attempt: Callable[[], Any]) -> int:
@@ -215,7 +235,8 @@ def build(architectures: Sequence[str], cache: Path, *, jobs: int = 0) -> list[C
         ) as pool,
     ):
         number, refused = pool.submit(_listed).result()
-        found = refused + list(pool.map(_compile, range(number), [cache] * number))
+        some = [range(first, min(first + _AT_ONCE, number)) for first in range(0, number, _AT_ONCE)]
+        found = refused + [c for batch in pool.map(_compile, some, [cache] * len(some)) for c in batch]
     return sorted(found, key=lambda c: (c.source, c.name, c.architecture))
 
 
