@@ -76,7 +76,7 @@ def with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 def move_to_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
     """Moves the memory of CPU tensors that will stay where they are into huge pages, neighbours together.
 
-    A hint that costs one copy, half a second for 2 GB. AdamW, which reads four streams and writes three, runs at
+    A hint that costs one copy, some seconds for 2 GB. AdamW, which reads four streams and writes three, runs at
     50 GB/s over huge pages and at 39 over small ones.
     """
     ranges: list[list[int]] = []
