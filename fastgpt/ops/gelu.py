@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
+from fastgpt.ops import checks, memory, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
 _CUBIC = 0.044715
@@ -100,7 +100,7 @@ def reference_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: 
 def _native(kernels: Kernels, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = with_huge_pages(torch.empty_like(x))
+    y = memory.empty(x.shape, x)
     if x.numel():
         cols = x.numel() if bias is None else x.shape[-1]
         kernels.gelu_forward(
@@ -123,7 +123,7 @@ def _native_backward(
         return reference_backward(dy, x, bias, approximate)
     x, dy = x.contiguous(), dy.contiguous()
     bias = None if bias is None else bias.contiguous()
-    dx = with_huge_pages(torch.empty_like(x))
+    dx = memory.empty(x.shape, x)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     cols = x.numel() if bias is None else x.shape[-1]
     kernels.gelu_backward(

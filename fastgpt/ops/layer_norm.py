@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, native, registry
+from fastgpt.ops import checks, memory, native, registry
 from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
@@ -162,8 +162,8 @@ def _native(
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows = x.shape[: x.dim() - dims]
-    y = torch.empty_like(x)
-    sum = x.new_empty(0) if residual is None else torch.empty_like(x)
+    y = memory.empty(x.shape, x)
+    sum = x.new_empty(0) if residual is None else memory.empty(x.shape, x)
     mean = x.new_empty(rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel():
@@ -203,7 +203,7 @@ def _native_backward(
     dsum = None if dsum is None else dsum.contiguous()
     weight = None if weight is None else weight.contiguous()
     shape = x.shape[x.dim() - dims :]
-    dx = torch.empty_like(x)
+    dx = memory.empty(x.shape, x)
     none = x.new_empty(0)
     dtype = x.dtype if weight is None else weight.dtype
     dweight = none if weight is None else x.new_empty(shape, dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, native, registry
+from fastgpt.ops import checks, memory, native, registry
 from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
@@ -133,8 +133,8 @@ def _native(
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     weight = None if weight is None else weight.contiguous()
-    y = torch.empty_like(x)
-    sum = x.new_empty(0) if residual is None else torch.empty_like(x)
+    y = memory.empty(x.shape, x)
+    sum = x.new_empty(0) if residual is None else memory.empty(x.shape, x)
     rstd = x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
     if x.numel():
         kernels.rms_norm_forward(
@@ -161,7 +161,7 @@ def _native_backward(
     x, dy = x.contiguous(), dy.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
     weight = None if weight is None else weight.contiguous()
-    dx = torch.empty_like(x)
+    dx = memory.empty(x.shape, x)
     dweight = x.new_empty(0) if weight is None else torch.empty_like(weight)
     kernels.rms_norm_backward(
         dx=dx,

@@ -10,13 +10,13 @@ Shapes: B batch, H heads, T tokens, D head dim, R <= D rotated dims (R/2 pairs),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks, native, positions, registry
+from fastgpt.ops import checks, memory, native, positions, registry
 from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate
 
@@ -177,11 +177,15 @@ def reference(
     return y
 
 
-def _empty(x: Tensor, transposed: bool) -> Tensor:
+def _new_empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
+
+
+def _empty(x: Tensor, transposed: bool, empty: Callable[[Sequence[int], Tensor], Tensor] = _new_empty) -> Tensor:
     """Uninitialised, of x's shape; ``transposed``: a view of memory in (..., T, H, D) order."""
     if not transposed:
-        return x.new_empty(x.shape)
-    return x.new_empty(*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1]).transpose(-3, -2)
+        return empty(x.shape, x)
+    return empty((*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1]), x).transpose(-3, -2)
 
 
 # --- kernels ---
@@ -205,7 +209,7 @@ def _native(
     inverse: bool,
     transposed: bool,
 ) -> Tensor:
-    y = _empty(x, transposed)
+    y = _empty(x, transposed, memory.empty)
     if not x.numel():
         return y
     y4 = _as_heads(y)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.ops import checks, native, registry
-from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
+from fastgpt.ops import checks, memory, native, registry
+from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype
 from fastgpt.ops.numerics import accumulate, as_rows
 
 
@@ -101,7 +101,7 @@ def _strided_halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, in
 
 def _native(kernels: Kernels, gate: Tensor, up: Tensor | None) -> Tensor:
     g, u, gate_stride, up_stride = _strided_halves(gate, up)
-    y = with_huge_pages(gate.new_empty(g.shape if gate.dim() else ()))
+    y = memory.empty(g.shape if gate.dim() else (), gate)
     if y.numel():
         kernels.swiglu_forward(
             y=y,
@@ -119,8 +119,8 @@ def _native(kernels: Kernels, gate: Tensor, up: Tensor | None) -> Tensor:
 def _native_backward(kernels: Kernels, dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     g, u, gate_stride, up_stride = _strided_halves(gate, up)
-    dgate = with_huge_pages(gate.new_empty(gate.shape))
-    dup = with_huge_pages(gate.new_empty(0 if up is None else up.shape))
+    dgate = memory.empty(gate.shape, gate)
+    dup = memory.empty((0,) if up is None else up.shape, gate)
     if dy.numel():
         cols = g.shape[-1]
         into_gate, into_up = _halves(dgate, None if up is None else dup)
