@@ -35,6 +35,9 @@ struct Task {
   const int64_t dim_words = (p.dim + Dot::kPair - 1) / Dot::kPair;
   const int64_t out_vectors = (p.value_dim + kLanes - 1) / kLanes;
   const int64_t out_width = out_vectors * kLanes;
+  const bool short_heads =
+      !p.block_table &&
+      (p.queries * p.dim + p.keys * (p.dim + p.value_dim)) * static_cast<int64_t>(sizeof(T)) <= kShortHead;
 
   Task(const AttentionForward& params, int64_t first_head) : p(params), band(params), dropout(params, first_head) {}
 
@@ -42,17 +45,32 @@ struct Task {
   int64_t key_block_words() const { return dim_words * kKeys; }
   int64_t value_block_words() const { return kKeys / Dot::kPair * out_width; }
 
+  // Asks for n rows from row i on of query head (b, h), and of its key/value head if it is the first of the group.
+  void ask_for(int64_t b, int64_t h, int64_t i, int64_t n) const {
+    if (b == p.batch) return;
+    prefetch(head(static_cast<const T*>(p.q), p.q_strides, b, h), p.q_strides[2], i, i + n, p.dim);
+    if (h % group()) return;
+    const int64_t to = least(i + n, p.keys);
+    prefetch(head(static_cast<const T*>(p.k), p.k_strides, b, h / group()), p.k_strides[2], i, to, p.dim);
+    prefetch(head(static_cast<const T*>(p.v), p.v_strides, b, h / group()), p.v_strides[2], i, to, p.value_dim);
+  }
+
   // Queries [i, i + n) of head (b, h), n <= kRows, over the packed blocks of keys; block `first_block` comes first.
   void rows(int64_t b, int64_t h, int64_t i, int64_t n, const float* k, const float* v, int64_t first_block) const {
     alignas(64) float s[kRows * kKeys];
     alignas(64) float q[kRows * 256];
     alignas(64) float o[kRows * 256];
-    alignas(64) float m[kLanes], alpha[kLanes];
-    Vec l[kRows] = {};
-    pack_rows<Dot>(q, dim_words, head(static_cast<const T*>(p.q), p.q_strides, b, h) + i * p.q_strides[2],
-                   p.q_strides[2], n, kRows, p.dim);
+    alignas(64) float alpha[kLanes];
+    Vec m = splat(p.sinks ? p.sinks[h] : -__builtin_inff()), l[kRows] = {};  // of row r: lane r of m, the sum of l[r]
+    const T* query = head(static_cast<const T*>(p.q), p.q_strides, b, h) + i * p.q_strides[2];
+    pack_rows<Dot>(q, dim_words, query, p.q_strides[2], n, kRows, p.dim);
+    T* out = head(static_cast<T*>(p.out), p.out_strides, b, h) + i * p.out_strides[2];
+    prefetch<1>(out, p.out_strides[2], 0, n, p.value_dim);
+    if (short_heads)
+      ask_for(h + 1 < p.heads ? b : b + 1, h + 1 < p.heads ? h + 1 : 0, i, n);
+    else
+      prefetch(query, p.q_strides[2], n, least(2 * n, p.queries - i), p.dim);
     std::memset(o, 0, sizeof(float) * static_cast<size_t>(kRows * out_width));
-    for (int r = 0; r < kLanes; ++r) m[r] = p.sinks ? p.sinks[h] : -__builtin_inff();
     for (int r = 0; r < kRows; ++r) l[r][0] = sink_weight(h);
 
     const float scale = static_cast<float>(p.scale);
@@ -65,44 +83,44 @@ struct Task {
       dot_products<Dot>(s, kKeys, q, dim_words, keys, kKeys, dim_words, columns, scale);
       if (options)
         for (int64_t r = 0; r < n; ++r) apply_options(p, s + r * kKeys, nullptr, b, h, i + r, key, columns);
-      for (int64_t r = 0; r < n; ++r) hide(s + r * kKeys, band, i + r, key, columns, -__builtin_inff());
+      for (int64_t r = 0; r < n; ++r) hide(s + r * kKeys, band, i + r, key, columns);
       softmax(s, m, alpha, l, columns);
       if (dropout)
         for (int64_t r = 0; r < n; ++r)
           drop(reinterpret_cast<typename Dot::Element*>(s + r * kKeys), b, h, i + r, key, columns);
-      const float* values = v + (block - first_block) * value_block_words() + columns.begin / Dot::kPair * out_width;
+      // The words of the keys that some row of the group sees: at the diagonal half a vector fewer than `columns`.
+      const int64_t from = most(columns.begin, round_down(band.first(i) - key, Dot::kPair)) / Dot::kPair;
+      const int64_t to = least(columns.end, round_up(band.last(i + n - 1) - key, Dot::kPair)) / Dot::kPair;
+      const float* values = v + (block - first_block) * value_block_words() + from * out_width;
       for_each_column_tile(out_vectors, [&](auto tile, int64_t at) {
-        float* to = o + at * kLanes;
-        multiply<Dot, decltype(tile)::value, false>(s + columns.begin / Dot::kPair, kKeys, values + at * kLanes,
-                                                    out_width, (columns.end - columns.begin) / Dot::kPair,
+        multiply<Dot, decltype(tile)::value, false>(s + from, kKeys, values + at * kLanes, out_width, to - from,
                                                     [&](int r, int j, Vec sum) {
-                                                      float* at_row = to + r * out_width + j * kLanes;
+                                                      float* at_row = o + r * out_width + (at + j) * kLanes;
                                                       store(at_row, load(at_row) * alpha[r] + sum);
                                                     });
       });
     }
-    for (int64_t r = 0; r < n; ++r) finish(b, h, i + r, o + r * out_width, m[r], sum(l[r]));
+    finish(b, h, i, n, o, m, across_rows(l, [](Vec a, Vec c) { return a + c; }));
   }
 
   // One step of the online softmax: s becomes p (as words), m, alpha = exp(m - m') and l follow.
-  static FASTGPT_INLINE void softmax(float* s, float* m, float* alpha, Vec (&l)[kRows], Columns columns) {
-    alignas(64) float highest[kLanes] = {};
+  static FASTGPT_INLINE void softmax(float* s, Vec& m, float* alpha, Vec (&l)[kRows], Columns columns) {
+    Vec top[kRows];
     for (int r = 0; r < kRows; ++r) {
-      Vec top = splat(m[r]);
-      for (int64_t c = columns.begin; c < columns.end; c += kLanes) top = max(top, load(s + r * kKeys + c));
-      highest[r] = max_lane(top);
+      top[r] = splat(-__builtin_inff());
+      for (int64_t c = columns.begin; c < columns.end; c += kLanes) top[r] = max(top[r], load(s + r * kKeys + c));
     }
     // While a row has seen nothing its maximum is -inf; exp(-inf - 0) is the zero that exp(-inf + inf) is not.
-    const Vec now = load(highest);
+    const Vec now = max(m, across_rows(top, [](Vec a, Vec c) { return max(a, c); }));
     const Vec base = now == -__builtin_inff() ? Vec{} : now;
-    store(alpha, exp_softmax(load(m) - base));
-    store(m, now);
+    store(alpha, exp_softmax<Dot::kTarget>(m - base));
+    m = now;
     alignas(64) float bases[kLanes];
     store(bases, base);
     for (int r = 0; r < kRows; ++r) {
       Vec total = {};
       for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
-        const Vec e = exp_softmax(load(s + r * kKeys + c) - bases[r]);
+        const Vec e = exp_softmax<Dot::kTarget>(load(s + r * kKeys + c) - bases[r]);
         total += e;
         Dot::store_row(s + r * kKeys, c / kLanes, e);
       }
@@ -134,13 +152,17 @@ struct Task {
     }
   }
 
-  // out = o / l and lse = m + log(l) of one query. l == 0: it saw no key.
-  void finish(int64_t b, int64_t h, int64_t i, const float* o, float m, float l) const {
+  // out = o / l and lse = m + log(l) of queries [i, i + n) of head (b, h), n <= kLanes. l == 0: it saw no key, o is
+  // zero.
+  void finish(int64_t b, int64_t h, int64_t i, int64_t n, const float* o, Vec m, Vec l) const {
     T* out = head(static_cast<T*>(p.out), p.out_strides, b, h) + i * p.out_strides[2];
-    const float divisor = l == 0.0f ? 1.0f : l;  // o is zero then
-    for (int64_t c = 0; c < p.value_dim; c += kLanes)
-      store(out + c, load(o + c) * dropout.scale / divisor, p.value_dim - c);
-    p.lse[b * p.lse_strides[0] + h * p.lse_strides[1] + i] = l == 0.0f ? __builtin_inff() : m + log(splat(l))[0];
+    alignas(64) float divisor[kLanes];
+    store(divisor, l == 0.0f ? splat(1.0f) : l);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = 0; c < p.value_dim; c += kLanes)
+        store(out + r * p.out_strides[2] + c, load(o + r * out_width + c) * dropout.scale / divisor[r],
+              p.value_dim - c);
+    store(p.lse + b * p.lse_strides[0] + h * p.lse_strides[1] + i, l == 0.0f ? splat(__builtin_inff()) : m + log(l), n);
   }
 
   // Packs the blocks of keys [first_block, end_block) of key/value head (b, g). False when memory is short.
@@ -161,9 +183,9 @@ struct Task {
     for (int64_t block = first_block; block < end_block; ++block) {
       const int64_t at = block * kKeys, count = least(kKeys, p.keys - at);
       block_of(p.k, p.k_strides, p.dim, at, count,
-               [&](const T* rows, int64_t stride) { pack_transposed<Dot>(k, rows, stride, count, kKeys, p.dim); });
+               [&](const T* rows, int64_t stride) { pack_transposed<Dot>(k, kKeys, rows, stride, count, p.dim); });
       block_of(p.v, p.v_strides, p.value_dim, at, count, [&](const T* rows, int64_t stride) {
-        pack_pairs<Dot>(v, rows, stride, count, kKeys, p.value_dim, out_width);
+        pack_pairs<Dot>(v, rows, stride, count, round_up(count, Dot::kPair), p.value_dim, out_width);
       });
       k += key_block_words();
       v += value_block_words();
@@ -225,14 +247,14 @@ struct Task {
         const Columns columns(count);
         float* row = s + r * kDirectKeys;
         if (options) apply_options(p, row, nullptr, b, h, i, at, columns);
-        hide(row, band, i, at, columns, -__builtin_inff());
+        hide(row, band, i, at, columns);
         Vec top = splat(m[r]);
         for (int64_t c = 0; c < columns.end; c += kLanes) top = max(top, load(row + c));
         const float now = max_lane(top), base = now == -__builtin_inff() ? 0.0f : now;
-        const float alpha = exp_softmax(splat(m[r] - base))[0];
+        const float alpha = exp_softmax<Dot::kTarget>(splat(m[r] - base))[0];
         Vec total = {};
         for (int64_t c = 0; c < columns.end; c += kLanes) {
-          const Vec e = exp_softmax(load(row + c) - base);
+          const Vec e = exp_softmax<Dot::kTarget>(load(row + c) - base);
           total += e;
           store(row + c, e);
         }
@@ -247,7 +269,7 @@ struct Task {
       }
     }
     for (int64_t r = 0; r < rows; ++r)
-      finish(b, g * group() + r / p.queries, r % p.queries, o + r * out_width, m[r], l[r]);
+      finish(b, g * group() + r / p.queries, r % p.queries, 1, o + r * out_width, splat(m[r]), splat(l[r]));
   }
 
   // o = o alpha + sum_j w[j] v_j.

@@ -17,13 +17,16 @@ namespace fastgpt::FASTGPT_ISA {
 
 // Register tile: kRows x kColumns accumulators, kColumns vectors of B and one broadcast: 28 of 32 registers, or 15
 // of 16. Without FMA the product needs a register of its own.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__)
 constexpr int kRows = 8, kColumns = 3;
+#elif defined(__aarch64__)
+constexpr int kRows = 4, kColumns = 3;
 #elif defined(__AVX2__)
 constexpr int kRows = 6, kColumns = 2;
 #else
 constexpr int kRows = 4, kColumns = 2;
 #endif
+static_assert(kRows <= kLanes, "one lane for what is known of each row");
 
 #define FASTGPT_INLINE inline __attribute__((always_inline))
 
@@ -35,6 +38,7 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 struct DotF32 {
   static constexpr int kPair = 1;  // elements in a word
   using Element = float;
+  static constexpr Target kTarget = Target::single;  // how exactly the softmax is wanted
   static FASTGPT_INLINE Vec broadcast(const float* a) { return splat(*a); }
   static FASTGPT_INLINE Vec step(Vec sum, Vec a, Vec b) { return sum + a * b; }
   static FASTGPT_INLINE void store_row(float* words, int64_t vector, Vec v) { store(words + vector * kLanes, v); }
@@ -44,6 +48,7 @@ struct DotF32 {
 struct DotBF16 {
   static constexpr int kPair = 2;
   using Element = bf16;
+  static constexpr Target kTarget = Target::half;
   static FASTGPT_INLINE Vec broadcast(const float* a) { return (Vec)_mm512_set1_epi32((int)load_bits<uint32_t>(a)); }
   static FASTGPT_INLINE Vec step(Vec sum, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -52,10 +57,21 @@ struct DotBF16 {
     const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
     std::memcpy(words + vector * (kLanes / 2), &half, sizeof half);
   }
-  // Words whose low halves are `even` and whose high halves are `odd`.
-  static FASTGPT_INLINE Vec pair(Vec even, Vec odd) {
-    const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)even), high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
-    return (Vec)_mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+  // Words whose low halves are `even` and whose high halves are `odd`; each is also stored as a row where one is given.
+  static FASTGPT_INLINE Vec pair(Vec even, Vec odd, float* even_row = nullptr, float* odd_row = nullptr) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    if (even_row) {
+      const __m256i low = _mm512_castsi512_si256(both), high = _mm512_extracti64x4_epi64(both, 1);
+      std::memcpy(even_row, &low, sizeof low);
+      std::memcpy(odd_row, &high, sizeof high);
+    }
+    typedef int16_t Halves __attribute__((vector_size(64)));
+    Halves interleaved;
+    for (int i = 0; i < kLanes; ++i) {
+      interleaved[2 * i] = static_cast<int16_t>(i);
+      interleaved[2 * i + 1] = static_cast<int16_t>(kLanes + i);
+    }
+    return (Vec)_mm512_permutexvar_epi16((__m512i)interleaved, both);
   }
 };
 #endif
@@ -104,20 +120,42 @@ FASTGPT_INLINE void multiply(const float* a, int64_t a_stride, const float* b, i
     for (int j = 0; j < kTile; ++j) out(r, j, sum[r][j]);
 }
 
-// e^x for x <= 88, in the softmax mostly x <= 0: within about 1 ulp, exact at 0, zero below e^-104 (e^-87 without
-// AVX-512), NaN stays NaN. x = n ln 2 + r; e^r by a minimax polynomial whose constant term is 1. The single-word ln 2
-// costs 2e-9 n, nothing where e^x is not itself negligible beside the row's maximum of 1.
-FASTGPT_INLINE Vec exp_softmax(Vec x) {
-  const float log2e = 1.44269504088896341f, ln2 = 0.693147180559945309f;
+// e^x for x <= 88, in the softmax mostly x <= 0: exact at 0, zero below e^-104 (e^-87 without AVX-512), NaN stays NaN.
+// The single-word ln 2 costs 2e-9 of x, nothing where e^x is not itself negligible beside the row's maximum of 1.
 #if defined(__AVX512F__)
-  x = (Vec)_mm512_max_ps(_mm512_set1_ps(-104.5f), (__m512)x);  // the second operand wins when it is NaN
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// x = n ln 2 + r with n a multiple of 1/16, so |r| <= ln 2 / 32: e^x = 2^floor(n) 2^(j/16) e^r. The 16 powers lie in a
+// register, split in two, and e^r needs degree 3 (1.6e-9), for half, whose result is rounded to 8 bits, degree 2
+// (4e-7). Five multiplications (four); one polynomial for |r| <= ln 2 / 2 took eight and was no more accurate.
+template <Target kFor>
+FASTGPT_INLINE Vec exp_softmax(Vec x) {
+  const Vec power = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                     1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                     1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+  const Vec missing = {0.0f,           4.83347016e-8f,  -1.30775399e-8f, 5.38622231e-8f,  3.79763527e-8f,
+                       4.4968381e-8f,  -4.01899953e-8f, -1.01233493e-8f, 2.4203235e-8f,   -4.50089885e-8f,
+                       8.07090483e-9f, 9.83621717e-9f,  -2.47553267e-8f, -9.23577037e-9f, -1.1239278e-8f,
+                       9.84532811e-9f};
+  const float round_to_16th = 786432.0f;  // 1.5 * 2^19: its sum with n 's float has j in the lowest four bits
+  x = max(splat(-104.5f), x);
+  const Vec shifted = x * 1.44269504088896341f + round_to_16th, n = shifted - round_to_16th;
+  const Vec r = x - n * 0.693147180559945309f;
+  const Vec t = (Vec)_mm512_permutexvar_ps((__m512i)shifted, (__m512)power);
+  Vec e;
+  if constexpr (kFor == Target::half) {
+    e = r * (r * 0.50001961f + 1.0f) * t + t;
+  } else {
+    const Vec low = (Vec)_mm512_permutexvar_ps((__m512i)shifted, (__m512)missing);
+    e = t + (r * ((r * 0.16667031f + 0.50001619f) * r + 1.0f) * t + low);
+  }
+  return (Vec)_mm512_scalef_ps((__m512)e, (__m512)n);  // takes the floor of n
+}
 #else
+// x = n ln 2 + r with n whole; e^r by a minimax polynomial whose constant term is 1 (2e-9).
+template <Target>
+FASTGPT_INLINE Vec exp_softmax(Vec x) {
   const float round_to_int = 12582912.0f;  // 1.5 * 2^23
-  const Vec shifted = x * log2e + round_to_int;
-  const Vec n = shifted - round_to_int;
-#endif
-  const Vec r = x - n * ln2;
+  const Vec shifted = x * 1.44269504088896341f + round_to_int, n = shifted - round_to_int;
+  const Vec r = x - n * 0.693147180559945309f;
   Vec p = splat(0.00138436442f);
   p = p * r + 0.00837416337f;
   p = p * r + 0.0416680026f;
@@ -125,15 +163,69 @@ FASTGPT_INLINE Vec exp_softmax(Vec x) {
   p = p * r + 0.499999942f;
   p = p * r + 1.00000003f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const Vec power = as_float((as_int(shifted) << 23) + 0x3f800000);
-  return x < -87.3f ? Vec{} : p * power;
+  const Vec two_to_n = as_float((as_int(shifted) << 23) + 0x3f800000);
+  return x < -87.3f ? Vec{} : p * two_to_n;
+}
 #endif
+
+// The lanes of a and b for which `block` is not set in a's number, or is: what one step of the transposition below, and
+// of `across`, exchanges. A template, so that the indices are constants.
+template <int kBlock, bool kOther>
+FASTGPT_INLINE Vec exchange(Vec a, Vec b) {
+  VecI lane;  // of a, then of b (+ kLanes)
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) lane[i] = ((i & kBlock) ? kLanes + i - kBlock : i) + (kOther ? kBlock : 0);
+  return __builtin_shuffle(a, b, lane);
+}
+
+// kLanes x kLanes words, transposed in registers by exchanging blocks of 1, 2, 4, ...
+template <int kBlock = 1>
+FASTGPT_INLINE void transpose(Vec (&v)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kBlock) continue;
+    const Vec a = v[i], b = v[i + kBlock];
+    v[i] = exchange<kBlock, false>(a, b);
+    v[i + kBlock] = exchange<kBlock, true>(a, b);
+  }
+  if constexpr (2 * kBlock < kLanes) transpose<2 * kBlock>(v);
+}
+
+// Lane r: the combination of all lanes of rows[r], for kRows rows at once, always in the same order. Each step makes
+// one vector of two.
+template <int kBlock = kLanes / 2, class F>
+FASTGPT_INLINE Vec across(Vec (&v)[2 * kBlock], F&& combine) {
+  Vec half[kBlock];
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlock; ++i)
+    half[i] = combine(exchange<kBlock, false>(v[i], v[i + kBlock]), exchange<kBlock, true>(v[i], v[i + kBlock]));
+  if constexpr (kBlock == 1)
+    return half[0];
+  else
+    return across<kBlock / 2>(half, combine);
+}
+template <class F>
+FASTGPT_INLINE Vec across_rows(const Vec (&rows)[kRows], F&& combine) {
+  Vec v[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = rows[i % kRows];
+  return across(v, combine);
 }
 
 // --- packing ---
+
+// Asks for rows [from, to) of x, to be written if kWrite. Rows of a projection lie far apart (9 kB in a (B, T, 3, H, D)
+// view), where no hardware prefetcher follows: short heads wait longer for memory than they multiply.
+template <int kWrite = 0, class T>
+inline void prefetch(const T* x, int64_t stride, int64_t from, int64_t to, int64_t dim) {
+  for (int64_t r = from; r < to; ++r)
+    for (int64_t c = 0; c < dim; c += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(x + r * stride + c, kWrite, 2);
+}
+// While rows of a long head are packed, those so much further on are asked for.
+constexpr int64_t kAhead = 32;
+// The rows of a short head, of so many bytes at most, are asked for while the head before it is computed.
+constexpr int64_t kShortHead = 384 << 10;
 
 // kLanes words of a row from element `at` on, zero beyond `count` elements.
 template <class Dot, class T>
@@ -154,6 +246,7 @@ template <class Dot, class T>
 void pack_rows(float* out, int64_t stride, const T* x, int64_t x_stride, int64_t count, int64_t rows, int64_t dim) {
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + r * stride;
+    prefetch(x, x_stride, r + kAhead, least(r + kAhead + 1, count), dim);
     for (int64_t w = 0; w < stride; w += kLanes) {
       const bool live = r < count && w * Dot::kPair < dim;
       const Vec words = live ? load_words<Dot>(x + r * x_stride, w * Dot::kPair, dim) : Vec{};
@@ -166,7 +259,8 @@ void pack_rows(float* out, int64_t stride, const T* x, int64_t x_stride, int64_t
 // `width`.
 template <class Dot, class T>
 void pack_pairs(float* out, const T* x, int64_t x_stride, int64_t count, int64_t rows, int64_t dim, int64_t width) {
-  for (int64_t k = 0; k < rows / Dot::kPair; ++k)
+  for (int64_t k = 0; k < rows / Dot::kPair; ++k) {
+    prefetch(x, x_stride, k * Dot::kPair + kAhead, least((k + 1) * Dot::kPair + kAhead, count), dim);
     for (int64_t c = 0; c < width; c += kLanes) {
       const auto part = [&](int64_t r) { return r < count && c < dim ? load(x + r * x_stride + c, dim - c) : Vec{}; };
       Vec words = part(k * Dot::kPair);
@@ -174,39 +268,30 @@ void pack_pairs(float* out, const T* x, int64_t x_stride, int64_t count, int64_t
         words = as_float(as_uint(words) >> 16 | as_uint(part(2 * k + 1)));
       store(out + k * width + c, words);
     }
-}
-
-// kLanes x kLanes words, transposed in registers by exchanging blocks of 1, 2, 4, ...
-FASTGPT_INLINE void transpose(Vec (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int block = 1; block < kLanes; block *= 2) {
-    VecI low, high;  // lanes of a then lanes of b (+ kLanes)
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = (i & block) ? kLanes + i - block : i;
-      high[i] = (i & block) ? kLanes + i : i + block;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & block) continue;
-      const Vec a = v[i], b = v[i + block];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + block] = __builtin_shuffle(a, b, high);
-    }
   }
 }
 
-// Transposed B operand: [words of dim][keys], zero beyond `count` keys up to `keys` (a multiple of kLanes).
+// Transposed B operand: [words of dim][stride], the first `count` keys, zeros up to whole vectors; what lies beyond is
+// left alone.
 template <class Dot, class T>
-void pack_transposed(float* out, const T* x, int64_t x_stride, int64_t count, int64_t keys, int64_t dim) {
+void pack_transposed(float* out, int64_t stride, const T* x, int64_t x_stride, int64_t count, int64_t dim) {
   const int64_t words = (dim + Dot::kPair - 1) / Dot::kPair;
-  for (int64_t j = 0; j < keys; j += kLanes)
+  for (int64_t j = 0; j < count; j += kLanes) {
+    prefetch(x, x_stride, j + kAhead, least(j + kAhead + kLanes, count), dim);
     for (int64_t w = 0; w < words; w += kLanes) {
       Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        block[i] = j + i < count ? load_words<Dot>(x + (j + i) * x_stride, w * Dot::kPair, dim) : Vec{};
+      const int64_t at = w * Dot::kPair, whole = at + kLanes * Dot::kPair;
+      if (j + kLanes <= count && whole <= dim) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = load_words<Dot>(x + (j + i) * x_stride, at, whole);
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = j + i < count ? load_words<Dot>(x + (j + i) * x_stride, at, dim) : Vec{};
+      }
       transpose(block);
-      for (int64_t i = 0; i < least(kLanes, words - w); ++i) store(out + (w + i) * keys + j, block[i]);
+      for (int64_t i = 0; i < least(kLanes, words - w); ++i) store(out + (w + i) * stride + j, block[i]);
     }
+  }
 }
 
 // --- which key a query sees ---
@@ -238,11 +323,19 @@ struct Columns {
   bool empty() const { return begin >= end; }
 };
 
-// Sets s[c] to `value` for columns of [columns) that query i does not see. s[0] is key `key`.
-inline void hide(float* s, const Band& band, int64_t i, int64_t key, Columns columns, float value) {
+// Sets the scores of columns that query i does not see to -inf. s[0] is key `key`.
+inline void hide(float* s, const Band& band, int64_t i, int64_t key, Columns columns) {
   const int64_t first = band.first(i) - key, last = band.last(i) - key;
-  for (int64_t c = columns.begin; c < least(first, columns.end); ++c) s[c] = value;
-  for (int64_t c = most(last, columns.begin); c < columns.end; ++c) s[c] = value;
+  VecI lane;
+  for (int c = 0; c < kLanes; ++c) lane[c] = c;
+  const auto cut = [&](int64_t c) {
+    const VecI at = lane + static_cast<int32_t>(c);
+    const VecI seen = (at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(last));
+    store(s + c, seen ? load(s + c) : splat(-__builtin_inff()));
+  };
+  int64_t c = columns.begin;
+  for (; c < least(first, columns.end); c += kLanes) cut(c);
+  for (c = most(c, round_down(most(last, 0), kLanes)); c < columns.end; c += kLanes) cut(c);
 }
 
 // The start of head (b, h) in a tensor with strides (batch, head, row).

@@ -18,8 +18,10 @@
 namespace fastgpt::FASTGPT_ISA {
 namespace {
 
-constexpr int64_t kKeys = 96;  // a block of keys
-constexpr int64_t kQueries = 48;  // a block of queries; both are multiples of kRows at every level
+// A block of keys and of queries; multiples of kRows and kLanes at every level. The larger, the fewer times are sums of
+// dQ, dK and dV loaded and stored; the tiles of P and dS go to the second-level cache.
+constexpr int64_t kKeys = 192;
+constexpr int64_t kQueries = 96;
 constexpr double kGrainFlops = 1e6;  // worth a thread: about 20 us
 
 inline int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -54,6 +56,10 @@ struct Task {
   const int64_t dim_width = round_up(p.dim, kLanes), value_width = round_up(p.value_dim, kLanes);
   const int64_t dim_stride = Dot::kPair == 1 ? dim_width : round_up(dim_words, kLanes);
   const int64_t value_stride = Dot::kPair == 1 ? value_width : round_up(value_words, kLanes);
+
+  const bool short_heads =
+      (p.queries * (p.dim + 2 * p.value_dim) + p.keys * (p.dim + p.value_dim)) * static_cast<int64_t>(sizeof(T)) <=
+      kShortHead;
 
   Task(const AttentionBackward& params, int64_t first_head) : p(params), band(params), dropout(params, first_head) {}
 
@@ -130,16 +136,17 @@ struct Task {
       const int64_t at = block * kKeys, count = keys_in(block), n = block - part.key_begin;
       const T* k = key + at * p.k_strides[2];
       const T* v = value + at * p.v_strides[2];
-      pack_transposed<Dot>(s.keys_t + n * kKeys * dim_words, k, p.k_strides[2], count, kKeys, p.dim);
-      pack_transposed<Dot>(s.values_t + n * kKeys * value_words, v, p.v_strides[2], count, kKeys, p.value_dim);
+      pack_transposed<Dot>(s.keys_t + n * kKeys * dim_words, kKeys, k, p.k_strides[2], count, p.dim);
+      pack_transposed<Dot>(s.values_t + n * kKeys * value_words, kKeys, v, p.v_strides[2], count, p.value_dim);
       if (part.want_dq)
-        pack_pairs<Dot>(s.keys + n * kKeys / Dot::kPair * dim_width, k, p.k_strides[2], count, kKeys, p.dim, dim_width);
+        pack_pairs<Dot>(s.keys + n * kKeys / Dot::kPair * dim_width, k, p.k_strides[2], count,
+                        round_up(count, Dot::kPair), p.dim, dim_width);
     }
   }
 
   void pack_queries(int64_t b, int64_t h, const Part& part, const Scratch& s) const {
     const int64_t from = part.query_begin * kQueries, to = least(part.query_end * kQueries, p.queries);
-    const int64_t rows = (part.query_end - part.query_begin) * kQueries, count = to - from;
+    const int64_t count = to - from, rows = round_up(count, kRows);
     const T* q = head(static_cast<const T*>(p.q), p.q_strides, b, h) + from * p.q_strides[2];
     const T* dout = head(static_cast<const T*>(p.dout), p.dout_strides, b, h) + from * p.dout_strides[2];
     const T* out = head(static_cast<const T*>(p.out), p.out_strides, b, h) + from * p.out_strides[2];
@@ -152,74 +159,139 @@ struct Task {
     const float* lse = p.lse + b * p.lse_strides[0] + h * p.lse_strides[1] + from;
     // Rows past the end: exp(0 - inf) = 0, so they add nothing anywhere.
     for (int64_t i = 0; i < rows; ++i) s.lse[i] = i < count ? lse[i] : __builtin_inff();
-    // delta = rowsum(dO * O) as the diagonal of dO O^T, in the very additions of dP: where a query sees one key, O = V
-    // and dP - delta is exactly zero. A sum in another order leaves its rounding errors there.
-    for (int64_t i = 0; i < rows; i += kRows) {
-      alignas(64) float out_t[kLanes * 256], dots[kRows * kKeys];
-      const int64_t live = most(least(kRows, count - i), 0);
-      if (!in_place)
-        pack_transposed<Dot>(out_t, out + i * p.out_strides[2], p.out_strides[2], live, kLanes, p.value_dim);
-      products(dots, s.dout + i * value_stride, value_stride, out_t, kLanes, value_words, Columns(kLanes), live,
-               out + i * p.out_strides[2], p.out_strides[2], live, p.value_dim, 1.0f);
-      for (int64_t r = 0; r < kRows; ++r) s.delta[i + r] = dots[r * kKeys + r];
+    for (int64_t i = 0; i < rows; i += kLanes)
+      store(s.delta + i,
+            delta(dout + i * p.dout_strides[2], out + i * p.out_strides[2], s.dout + i * value_stride, count - i));
+  }
+
+  // delta = rowsum(dO * O) of kLanes queries (zero past `count`), in the very additions of dP: where a query sees one
+  // key, O = V and dP - delta is exactly zero. A sum in another order leaves its rounding errors there.
+  Vec delta(const T* dout, const T* out, const float* dout_rows, int64_t count) const {
+    if (count <= 0) return Vec{};
+    alignas(64) float out_t[kLanes * 256], dout_t[kLanes * 256];
+    if (in_place) {
+      alignas(64) float dots[kDirectRows * kLanes];
+      const int64_t rows = least(count, kDirectRows);
+      dot_rows<Dot>(dots, kLanes, dout_rows, value_stride, rows, out, p.out_strides[2], rows, p.value_dim, 1.0f);
+      Vec total = {};
+      for (int64_t r = 0; r < rows; ++r) total[r] = dots[r * kLanes + r];
+      return total;
     }
+    pack_transposed<Dot>(out_t, kLanes, out, p.out_strides[2], least(count, kLanes), p.value_dim);
+    pack_transposed<Dot>(dout_t, kLanes, dout, p.dout_strides[2], least(count, kLanes), p.value_dim);
+    Vec total = {};
+    const int64_t stretch = stretch_of(value_words);
+    for (int64_t k = 0; k < value_words; k += stretch) {
+      Vec sum = {};
+      for (int64_t w = k; w < least(k + stretch, value_words); ++w)
+        sum = Dot::step(sum, load(dout_t + w * kLanes), load(out_t + w * kLanes));
+      total = k == 0 ? sum : total + sum;
+    }
+    return total;
   }
 
   // One block of keys against one block of queries of head (b, h).
   void tile(int64_t b, int64_t h, int64_t key_block, int64_t query_block, const Part& part, const Scratch& s) const {
-    alignas(64) float probability[kQueries * kKeys];  // P and dS by words of pairs of queries, for dV and dK
-    alignas(64) float gradient[kQueries * kKeys];
-    alignas(64) float gradient_rows[kQueries * kKeys];  // dS by words of pairs of keys, for dQ; float32 needs no copy
+    // P and dS by words of pairs of queries, for dV and dK. Columns that a group of queries does not see stay unset.
+    alignas(64) float probability[kQueries / Dot::kPair * kKeys], gradient[kQueries / Dot::kPair * kKeys];
+    // The rows as the products give them; dS also by words of pairs of keys, for dQ. float32 needs no copy.
+    alignas(64) float p_rows[kRows * kKeys], ds_rows[kRows * kKeys];
+    alignas(64) float slopes[kRows * kKeys], keeps[kRows * kKeys];
     const int64_t n = key_block - part.key_begin, m = (query_block - part.query_begin) * kQueries;
     const int64_t key = key_block * kKeys, query = query_block * kQueries, count = queries_in(query_block);
     const int64_t rows = round_up(count, kRows);
     const float* keys_t = s.keys_t + n * kKeys * dim_words;
     const float* values_t = s.values_t + n * kKeys * value_words;
+    const T* k = head(static_cast<const T*>(p.k), p.k_strides, b, h / group()) + key * p.k_strides[2];
+    const T* v = head(static_cast<const T*>(p.v), p.v_strides, b, h / group()) + key * p.v_strides[2];
 
+    if constexpr (kLanes % kRows) {  // kRows keys may then reach into columns beside those that a group sees
+      std::memset(probability, 0, sizeof(float) * static_cast<size_t>(rows * kKeys));
+      std::memset(gradient, 0, sizeof(float) * static_cast<size_t>(rows * kKeys));
+    }
     for (int64_t i = 0; i < rows; i += kRows) {
       const int64_t live = least(kRows, count - i);
       const Columns columns(band, query + i, query + i + live, key, kKeys);
-      alignas(64) float p_rows[kRows * kKeys], ds_rows[kRows * kKeys];
-      alignas(64) float slopes[kRows * kKeys], keeps[kRows * kKeys];
+      if (short_heads && key_block == part.key_begin) ask_for(b, h, query + i, live);
+      if (columns.empty()) continue;
+      float* p_words = probability + i / Dot::kPair * kKeys;
+      float* ds_words = gradient + i / Dot::kPair * kKeys;
+      float* p_at = Dot::kPair == 1 ? p_words : p_rows;
+      float* ds_at = Dot::kPair == 1 ? ds_words : ds_rows;
+      products(p_at, s.q + (m + i) * dim_stride, dim_stride, keys_t, dim_words, columns, live, k, p.k_strides[2],
+               keys_in(key_block), p.dim, scale);
       if (p.softcap > 0) std::memset(slopes, 0, sizeof slopes);  // rows past the end stay zero
       if (dropout) std::memset(keeps, 0, sizeof keeps);
-      products(p_rows, s.q + (m + i) * dim_stride, dim_stride, keys_t, kKeys, dim_words, columns, live,
-               head(static_cast<const T*>(p.k), p.k_strides, b, h / group()) + key * p.k_strides[2], p.k_strides[2],
-               keys_in(key_block), p.dim, scale);
-      mask(b, h, query + i, live, key, columns, p_rows, slopes);
-      products(ds_rows, s.dout + (m + i) * value_stride, value_stride, values_t, kKeys, value_words, columns, live,
-               head(static_cast<const T*>(p.v), p.v_strides, b, h / group()) + key * p.v_strides[2], p.v_strides[2],
-               keys_in(key_block), p.value_dim, 1.0f);
+      mask(b, h, query + i, live, key, columns, p_at, slopes);
       if (dropout) multipliers(b, h, query + i, live, key, columns, keeps);
-      for (int64_t r = 0; r < kRows; ++r) {
-        const float lse = s.lse[m + i + r], delta = s.delta[m + i + r];
-        for (int64_t c = r * kKeys + columns.begin; c < r * kKeys + columns.end; c += kLanes) {
-          const Vec e = exp_softmax(load(p_rows + c) - lse);
-          Vec kept = e, dp = load(ds_rows + c);
-          if (dropout) kept = e * load(keeps + c), dp = dp * load(keeps + c);
-          Vec ds = e * (dp - delta);
-          if (p.softcap > 0) ds = ds * load(slopes + c);
-          store(p_rows + c, kept);
-          store(ds_rows + c, ds);
-        }
-      }
-      if (part.want_dkv) {
-        keep(probability + i / Dot::kPair * kKeys, p_rows, columns);
-        keep(gradient + i / Dot::kPair * kKeys, ds_rows, columns);
-      }
+      products(ds_at, s.dout + (m + i) * value_stride, value_stride, values_t, value_words, columns, live, v,
+               p.v_strides[2], keys_in(key_block), p.value_dim, 1.0f);
+      const float *lse = s.lse + m + i, *delta = s.delta + m + i;
+      if (dropout || p.softcap > 0)
+        gradients<true>(p_at, ds_at, p_words, ds_words, lse, delta, columns, p.softcap > 0 ? slopes : nullptr,
+                        dropout ? keeps : nullptr);
+      else
+        gradients<false>(p_at, ds_at, p_words, ds_words, lse, delta, columns, nullptr, nullptr);
       if (part.want_dq)
-        add_dq(ds_rows, gradient_rows, columns, s.keys + n * kKeys / Dot::kPair * dim_width,
+        add_dq(ds_at, query + i, live, key, columns, s.keys + n * kKeys / Dot::kPair * dim_width,
                s.dq + (m + i) * dim_width);
     }
     if (part.want_dkv) add_dkv(probability, gradient, query, rows, key, s, n, m);
   }
 
+  // Asks for n rows from row i on of what head (b, h) will write and what the next head will read.
+  void ask_for(int64_t b, int64_t h, int64_t i, int64_t n) const {
+    const int64_t g = h / group(), to = least(i + n, p.keys);
+    prefetch<1>(head(static_cast<const T*>(p.dq), p.dq_strides, b, h), p.dq_strides[2], i, i + n, p.dim);
+    if ((h + 1) % group() == 0) {
+      prefetch<1>(head(static_cast<const T*>(p.dk), p.dk_strides, b, g), p.dk_strides[2], i, to, p.dim);
+      prefetch<1>(head(static_cast<const T*>(p.dv), p.dv_strides, b, g), p.dv_strides[2], i, to, p.value_dim);
+    }
+    if (++h == p.heads) h = 0, ++b;
+    if (b == p.batch) return;
+    prefetch(head(static_cast<const T*>(p.q), p.q_strides, b, h), p.q_strides[2], i, i + n, p.dim);
+    prefetch(head(static_cast<const T*>(p.dout), p.dout_strides, b, h), p.dout_strides[2], i, i + n, p.value_dim);
+    prefetch(head(static_cast<const T*>(p.out), p.out_strides, b, h), p.out_strides[2], i, i + n, p.value_dim);
+    if (h % group()) return;
+    prefetch(head(static_cast<const T*>(p.k), p.k_strides, b, h / group()), p.k_strides[2], i, to, p.dim);
+    prefetch(head(static_cast<const T*>(p.v), p.v_strides, b, h / group()), p.v_strides[2], i, to, p.value_dim);
+  }
+
+  // P = exp(S - lse) and dS = P (dP - delta) of kRows queries, from S in p_rows and dP in ds_rows. `keeps`, if not
+  // null, is what dropout multiplies P and dP by, `slopes` what softcap multiplies dS by.
+  template <bool kOptions>
+  static void gradients(float* p_rows, float* ds_rows, float* p_words, float* ds_words, const float* lse,
+                        const float* delta, Columns columns, const float* slopes, const float* keeps) {
+    for (int64_t r = 0; r < kRows; r += Dot::kPair)
+      for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
+        Vec e[Dot::kPair], ds[Dot::kPair];
+        for (int64_t n = 0; n < Dot::kPair; ++n) {
+          const int64_t at = (r + n) * kKeys + c;
+          e[n] = exp_softmax<Dot::kTarget>(load(p_rows + at) - lse[r + n]);
+          Vec dp = load(ds_rows + at);
+          if (kOptions && keeps) dp = dp * load(keeps + at);
+          ds[n] = e[n] * (dp - delta[r + n]);
+          if (kOptions && slopes) ds[n] = ds[n] * load(slopes + at);
+          if (kOptions && keeps) e[n] = e[n] * load(keeps + at);
+        }
+        float* p_at = p_words + r / Dot::kPair * kKeys + c;
+        float* ds_at = ds_words + r / Dot::kPair * kKeys + c;
+        if constexpr (Dot::kPair == 1) {
+          store(p_at, e[0]);
+          store(ds_at, ds[0]);
+        } else {
+          store(p_at, Dot::pair(e[0], e[1]));
+          float* words = ds_rows + r * kKeys + c / 2;  // overwrites dP, which has been read up to here
+          store(ds_at, Dot::pair(ds[0], ds[1], words, words + kKeys));
+        }
+      }
+  }
+
   // Rows of a times the columns of x: packed and transposed in `packed`, in place at `x`. The same additions as in the
   // forward, so that exp(score - lse) is exactly 1 where a query sees one key.
-  void products(float* to, const float* a, int64_t a_stride, const float* packed, int64_t packed_stride, int64_t words,
-                Columns columns, int64_t live, const T* x, int64_t x_stride, int64_t count, int64_t dim,
-                float factor) const {
-    if (!in_place) return dot_products<Dot>(to, kKeys, a, a_stride, packed, packed_stride, words, columns, factor);
+  void products(float* to, const float* a, int64_t a_stride, const float* packed, int64_t words, Columns columns,
+                int64_t live, const T* x, int64_t x_stride, int64_t count, int64_t dim, float factor) const {
+    if (!in_place) return dot_products<Dot>(to, kKeys, a, a_stride, packed, kKeys, words, columns, factor);
     std::memset(to, 0, sizeof(float) * kRows * kKeys);
     dot_rows<Dot>(to, kKeys, a, a_stride, live, x, x_stride, count, dim, factor);
   }
@@ -227,11 +299,10 @@ struct Task {
   // Masks the scores of kRows queries: -inf where a query does not see the key.
   void mask(int64_t b, int64_t h, int64_t i, int64_t live, int64_t key, Columns columns, float* to,
             float* slopes) const {
-    if (columns.empty()) return;
     if (options)
       for (int64_t r = 0; r < live; ++r)
         apply_options(p, to + r * kKeys, slopes + r * kKeys, b, h, i + r, key, columns);
-    for (int64_t r = 0; r < live; ++r) hide(to + r * kKeys, band, i + r, key, columns, -__builtin_inff());
+    for (int64_t r = 0; r < live; ++r) hide(to + r * kKeys, band, i + r, key, columns);
   }
 
   // What dropout multiplies the weights of kRows queries by.
@@ -241,34 +312,17 @@ struct Task {
                        [&](int64_t c, bool kept) { to[r * kKeys + c] = kept ? dropout.scale : 0.0f; });
   }
 
-  // Copies kRows rows into the tile that dV and dK read, zero outside the columns.
-  static void keep(float* to, const float* rows, Columns columns) {
-    for (int64_t r = 0; r < kRows; r += Dot::kPair)
-      for (int64_t c = 0; c < kKeys; c += kLanes) {
-        const bool inside = c >= columns.begin && c < columns.end;
-        Vec words = inside ? load(rows + r * kKeys + c) : Vec{};
-        if constexpr (Dot::kPair == 2)
-          if (inside) words = Dot::pair(words, load(rows + (r + 1) * kKeys + c));
-        store(to + r / Dot::kPair * kKeys + c, words);
-      }
-  }
-
-  // dq of kRows queries += dS K.
-  void add_dq(float* ds, float* words, Columns columns, const float* keys, float* dq) const {
-    if constexpr (Dot::kPair == 2) {
-      for (int64_t r = 0; r < kRows; ++r)
-        for (int64_t c = columns.begin; c < columns.end; c += kLanes)
-          Dot::store_row(words + r * kKeys, c / kLanes, load(ds + r * kKeys + c));
-    } else {
-      words = ds;
-    }
+  // dq of kRows queries += dS K, over the keys that some of them see.
+  void add_dq(const float* ds, int64_t query, int64_t live, int64_t key, Columns columns, const float* keys,
+              float* dq) const {
+    const int64_t from = most(columns.begin, round_down(band.first(query) - key, Dot::kPair)) / Dot::kPair;
+    const int64_t to = least(columns.end, round_up(band.last(query + live - 1) - key, Dot::kPair)) / Dot::kPair;
     for_each_column_tile(dim_width / kLanes, [&](auto width, int64_t at) {
-      multiply<Dot, decltype(width)::value, false>(
-          words + columns.begin / Dot::kPair, kKeys, keys + columns.begin / Dot::kPair * dim_width + at * kLanes,
-          dim_width, (columns.end - columns.begin) / Dot::kPair, [&](int r, int j, Vec sum) {
-            float* to = dq + r * dim_width + (at + j) * kLanes;
-            store(to, load(to) + sum);
-          });
+      multiply<Dot, decltype(width)::value, false>(ds + from, kKeys, keys + from * dim_width + at * kLanes, dim_width,
+                                                   to - from, [&](int r, int j, Vec sum) {
+                                                     float* to = dq + r * dim_width + (at + j) * kLanes;
+                                                     store(to, load(to) + sum);
+                                                   });
     });
   }
 
@@ -299,9 +353,11 @@ struct Task {
 
   static void unpack(T* out, int64_t out_stride, const float* sums, int64_t from, int64_t to, int64_t dim,
                      int64_t width, float factor) {
-    for (int64_t i = from; i < to; ++i)
+    for (int64_t i = from; i < to; ++i) {
+      prefetch<1>(out, out_stride, i + kAhead, least(i + kAhead + 1, to), dim);
       for (int64_t c = 0; c < dim; c += kLanes)
         store(out + i * out_stride + c, load(sums + (i - from) * width + c) * factor, dim - c);
+    }
   }
 };
 
