@@ -294,6 +294,10 @@ struct Task {
     if (!in_place) return dot_products<Dot>(to, kKeys, a, a_stride, packed, kKeys, words, columns, factor);
     std::memset(to, 0, sizeof(float) * kRows * kKeys);
     dot_rows<Dot>(to, kKeys, a, a_stride, live, x, x_stride, count, dim, factor);
+    for (int64_t r = 0; r < live; ++r) {  // in place all keys are read; beside the columns the tile stays zero
+      std::memset(to + r * kKeys, 0, sizeof(float) * static_cast<size_t>(columns.begin));
+      std::memset(to + r * kKeys + columns.end, 0, sizeof(float) * static_cast<size_t>(kKeys - columns.end));
+    }
   }
 
   // Masks the scores of kRows queries: -inf where a query does not see the key.
