@@ -58,8 +58,8 @@ def covering_table():
 
 
 TABLE = covering_table()
-# The kernels. The reference's own rounding is judged by test_attention_options.py; in one row here it is over the budget
-# in float32 (8.2e-7 where 6.3e-7 are allowed, of the query's gradient; softcap, ALiBi and a causal window together).
+# The kernels. The reference's own rounding is judged by test_attention_options.py; in one row here it is over budget in
+# float32 (8.2e-7 where 6.3e-7 are allowed, of the query's gradient; softcap, ALiBi and a causal window together).
 BACKENDS = [b for b in harness.backends_without_interpreters("attention") if b != "reference"]
 
 
