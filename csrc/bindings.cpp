@@ -3,7 +3,7 @@
 //   _C.cpu.<kernel>(field=value, ...)   every field of the kernel's parameter struct, by name
 //   _C.cpu.isa(), set_isa(name), isas()  the instruction-set level in use, and what there is
 //   _C.set_parallel_functions(loop, count), thread_count(), set_own_threads(n)
-//   _C.advise_huge_pages(address, bytes), move_to_huge_pages(address, bytes)
+//   _C.advise_huge_pages(address, bytes)
 //   _C.cuda.<kernel>(stream=, allocate=, field=value, ...), where CUDA was compiled in
 #include "bindings.h"
 
@@ -65,9 +65,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_own_threads", &set_own_threads);
   m.def("advise_huge_pages",
         [](uintptr_t address, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); });
-
-  m.def("move_to_huge_pages",
-        [](uintptr_t address, int64_t bytes) { move_to_huge_pages(reinterpret_cast<void*>(address), bytes); });
 
   py::module_ cpu_module = m.def_submodule("cpu", "CPU kernels of the active instruction-set level.");
   cpu_module.def("isa", [] { return std::string(cpu::active_level().name); });

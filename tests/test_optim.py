@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.ops import native
 from tests.ops.harness import assert_within_budget
 
 SHAPES = [(5, 7), (), (33,), (2, 3)]
@@ -211,13 +210,3 @@ def test_saved_states_that_are_refused():
     with pytest.raises(ValueError, match=r"amsgrad=True"):
         fresh.load_state_dict(broken(lambda s: s["param_groups"][0].update(amsgrad=True)))
     assert not fresh.state
-
-
-def test_moving_to_huge_pages_changes_no_value():
-    """Neighbours, parts of one memory, something small and something empty."""
-    whole = torch.randn(3 << 20)
-    tensors = [whole, whole[100:], torch.randn(2 << 20), torch.randn(5), torch.empty(0)]
-    before = [t.clone() for t in tensors]
-    native.move_to_huge_pages(tensors)
-    for t, kept in zip(tensors, before, strict=True):
-        assert torch.equal(t, kept)

@@ -20,7 +20,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,32 +62,15 @@ class Kernels(Protocol):
     def __getattr__(self, entry: str) -> Any: ...
 
 
-def with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, just allocated, with huge pages asked for if it is large.
+def with_huge_pages(tensor: torch.Tensor, at_least: int = 32 << 20) -> torch.Tensor:
+    """``tensor``, just allocated, with huge pages asked for if it has more bytes than ``at_least``.
 
     malloc keeps no freed block of over 32 MiB, so such a tensor is new memory each time, and touching it in small pages
     takes longer than computing what goes into it.
     """
-    if tensor.nbytes > 32 << 20 and tensor.device.type == "cpu":
+    if tensor.nbytes > at_least and tensor.device.type == "cpu":
         _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
-
-
-def move_to_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
-    """Moves the memory of CPU tensors that will stay where they are into huge pages, neighbours together.
-
-    A hint that costs one copy, some seconds for 2 GB. AdamW, which reads four streams and writes three, runs at
-    50 GB/s over huge pages and at 39 over small ones.
-    """
-    ranges: list[list[int]] = []
-    for begin, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu"):
-        if ranges and begin - ranges[-1][1] <= 1 << 16:  # malloc's own data lies between
-            ranges[-1][1] = max(ranges[-1][1], end)
-        else:
-            ranges.append([begin, end])
-    for begin, end in ranges:
-        if end - begin >= 2 << 20:
-            _C.move_to_huge_pages(begin, end - begin)
 
 
 def unsupported_dtype(*tensors: torch.Tensor | None) -> str | None:
