@@ -530,8 +530,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradients is None:
             gradients = _op_backward(dloss, *ctx.saved_tensors, *ctx.options)
         else:
-            # Mostly by one. On a GPU looking would mean to wait, and in a graph it is not known.
-            if type(dloss) is not Tensor or dloss.device.type != "cpu" or dloss.item() != 1:
+            # Mostly by one. Only the CPU's kernels may look: on a GPU that is a wait, and in a graph it is not known.
+            looks = ctx.options[-1] == "cpu" and type(dloss) is Tensor
+            if not looks or dloss.item() != 1:
                 for gradient in gradients:
                     gradient.mul_(dloss)
         wanted = (gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True))
