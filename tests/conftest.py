@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -20,6 +21,9 @@ hypothesis.settings.load_profile("fastgpt")
 
 
 def pytest_configure(config):
+    # A shell starts what runs in the background with SIGINT ignored, and Python leaves it so; but Ctrl-C is tested too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # One test process per core (pytest-xdist): thread pools that spin against each other would take minutes.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
