@@ -59,7 +59,7 @@ RECORDED = [
 if __name__ == "__main__":
     recorded = [(catalogue.Case(op, label, print), launch) for op, label, launch in RECORDED]
     triton_build._jobs[:] = triton_build._list_jobs(recorded, sys.argv[2:])
-    found = [triton_build._compile(index, Path(sys.argv[1])) for index in range(len(triton_build._jobs))]
+    found = triton_build._compile(range(len(triton_build._jobs)), Path(sys.argv[1]))
     rules = budget.parse(Path(sys.argv[1], "rules.toml").read_text())
     kernels = [c.kernel for c in found if c.kernel is not None]
     launches = {k.name: {(k.threads, 0)} for k in kernels}
