@@ -25,6 +25,7 @@ constexpr int64_t kKeys = 192;          // a block of keys: with D = 64, 48 kB e
 constexpr int64_t kQueries = 48;        // a block of queries: the unit of scheduling
 constexpr int64_t kDirectKeys = 256;    // keys a step there: their scores stay in the first-level cache
 constexpr double kGrainFlops = 1e6;     // worth a thread: about 20 us
+constexpr double kProducts = 2;
 
 template <class Dot, class T>
 struct Task {
@@ -88,12 +89,10 @@ struct Task {
       if (dropout)
         for (int64_t r = 0; r < n; ++r)
           drop(reinterpret_cast<typename Dot::Element*>(s + r * kKeys), b, h, i + r, key, columns);
-      // The words of the keys that some row of the group sees: at the diagonal half a vector fewer than `columns`.
-      const int64_t from = most(columns.begin, round_down(band.first(i) - key, Dot::kPair)) / Dot::kPair;
-      const int64_t to = least(columns.end, round_up(band.last(i + n - 1) - key, Dot::kPair)) / Dot::kPair;
+      const auto [from, count] = words_seen<Dot>(band, i, i + n, key, columns);
       const float* values = v + (block - first_block) * value_block_words() + from * out_width;
-      for_each_column_tile(out_vectors, [&](auto tile, int64_t at) {
-        multiply<Dot, decltype(tile)::value, false>(s + from, kKeys, values + at * kLanes, out_width, to - from,
+      for_each_column_tile(out_vectors, [&, from = from, count = count](auto tile, int64_t at) {
+        multiply<Dot, decltype(tile)::value, false>(s + from, kKeys, values + at * kLanes, out_width, count,
                                                     [&](int r, int j, Vec sum) {
                                                       float* at_row = o + r * out_width + (at + j) * kLanes;
                                                       store(at_row, load(at_row) * alpha[r] + sum);
@@ -291,16 +290,11 @@ struct Task {
   }
 };
 
-double flops_of(const AttentionForward& p) {  // of a key/value head
-  return 2.0 * static_cast<double>(p.queries) * static_cast<double>(p.keys) * static_cast<double>(p.dim + p.value_dim) *
-         static_cast<double>(p.heads / p.kv_heads);
-}
-
 template <class T, class Dot>
 Status forward(const AttentionForward& p, int64_t first_head) {
   const Task<Dot, T> task(p, first_head);
   const int64_t heads = p.batch * p.kv_heads;
-  const double flops = flops_of(p);
+  const double flops = flops_of(p, kProducts);
   if (task.group() * p.queries <= kDirectRows) {
     parallel_for(0, heads, static_cast<int64_t>(kGrainFlops / (flops + 1)) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) task.direct(n / p.kv_heads, n % p.kv_heads);
@@ -328,7 +322,7 @@ Status forward(const AttentionForward& p, int64_t first_head) {
 
 Status attention_forward(const AttentionForward& p) {
   if (p.dim > 256 || p.value_dim > 256) return {Status::unsupported_shape, 0, most(p.dim, p.value_dim)};
-  return for_each_sequence(p, flops_of(p) * static_cast<double>(p.kv_heads), kGrainFlops,
+  return for_each_sequence(p, flops_of(p, kProducts) * static_cast<double>(p.kv_heads), kGrainFlops,
                            [&](const AttentionForward& one, int64_t first_head) {
                              return dispatch_dot(p.dtype, [&](auto tag, auto dot) {
                                return forward<typename decltype(tag)::type, decltype(dot)>(one, first_head);

@@ -323,6 +323,18 @@ struct Columns {
   bool empty() const { return begin >= end; }
 };
 
+// The first word, and how many, of the keys of `columns` that some query of [from, to) sees: at the diagonal half a
+// vector fewer than the columns.
+struct Words {
+  int64_t begin, count;
+};
+template <class Dot>
+inline Words words_seen(const Band& band, int64_t from, int64_t to, int64_t key, Columns columns) {
+  const int64_t begin = most(columns.begin, round_down(band.first(from) - key, Dot::kPair)) / Dot::kPair;
+  const int64_t end = least(columns.end, round_up(band.last(to - 1) - key, Dot::kPair)) / Dot::kPair;
+  return {begin, end - begin};
+}
+
 // Sets the scores of columns that query i does not see to -inf. s[0] is key `key`.
 inline void hide(float* s, const Band& band, int64_t i, int64_t key, Columns columns) {
   const int64_t first = band.first(i) - key, last = band.last(i) - key;
@@ -390,6 +402,13 @@ void dot_rows(float* to, int64_t to_stride, const float* a, int64_t a_stride, in
       for (int i = 1; i < kLanes; ++i) total += part[i];
       store(to + r * to_stride + j, total * factor);
     }
+}
+
+// Of a key/value head with its group, for so many products of queries and keys (or values).
+template <class Params>
+inline double flops_of(const Params& p, double products) {
+  return products * static_cast<double>(p.queries) * static_cast<double>(p.keys) *
+         static_cast<double>(p.dim + p.value_dim) * static_cast<double>(p.heads / p.kv_heads);
 }
 
 // Calls run(storage type, Dot) for the dtype: bfloat16 is multiplied as it is where the machine can.

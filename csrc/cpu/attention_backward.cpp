@@ -1,8 +1,9 @@
 // attention, backward, from the inputs, the output and the log-sum-exp (FlashAttention, Dao et al., 2022, section 3.1).
 //
 //   P = exp(scale Q K^T + mask - lse),  dV = P^T dO,  dP = dO V^T,  delta = rowsum(dO * O),  dS = P * (dP - delta),
-//   dQ = scale dS K,  dK = scale dS^T Q;  dropout multiplies P in dV, and dP;  dS times 1 - tanh^2 where scores are
-//   capped dsink = -sum(exp(sink - lse) delta)
+//   dQ = scale dS K,  dK = scale dS^T Q,  dsink = -sum(exp(sink - lse) delta)
+//
+// Dropout multiplies P in dV, and dP. Where scores are capped, dS is multiplied by 1 - tanh^2 for dQ and dK.
 //
 // Flops: five products, 10 T S D a head (the forward has two). P and dS exist only as tiles of kQueries x kKeys. For
 // every block of keys, for every block of queries: S and dP a group of rows at a time, then dV and dK of the block,
@@ -23,6 +24,7 @@ namespace {
 constexpr int64_t kKeys = 192;
 constexpr int64_t kQueries = 96;
 constexpr double kGrainFlops = 1e6;  // worth a thread: about 20 us
+constexpr double kProducts = 5;
 
 inline int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
@@ -319,11 +321,11 @@ struct Task {
   // dq of kRows queries += dS K, over the keys that some of them see.
   void add_dq(const float* ds, int64_t query, int64_t live, int64_t key, Columns columns, const float* keys,
               float* dq) const {
-    const int64_t from = most(columns.begin, round_down(band.first(query) - key, Dot::kPair)) / Dot::kPair;
-    const int64_t to = least(columns.end, round_up(band.last(query + live - 1) - key, Dot::kPair)) / Dot::kPair;
-    for_each_column_tile(dim_width / kLanes, [&](auto width, int64_t at) {
-      multiply<Dot, decltype(width)::value, false>(ds + from, kKeys, keys + from * dim_width + at * kLanes, dim_width,
-                                                   to - from, [&](int r, int j, Vec sum) {
+    const auto [from, count] = words_seen<Dot>(band, query, query + live, key, columns);
+    keys += from * dim_width;
+    for_each_column_tile(dim_width / kLanes, [&, from = from, count = count](auto width, int64_t at) {
+      multiply<Dot, decltype(width)::value, false>(ds + from, kKeys, keys + at * kLanes, dim_width, count,
+                                                   [&](int r, int j, Vec sum) {
                                                      float* to = dq + r * dim_width + (at + j) * kLanes;
                                                      store(to, load(to) + sum);
                                                    });
@@ -365,11 +367,6 @@ struct Task {
   }
 };
 
-double flops_of(const AttentionBackward& p) {  // of a key/value head
-  return 5.0 * static_cast<double>(p.queries) * static_cast<double>(p.keys) * static_cast<double>(p.dim + p.value_dim) *
-         static_cast<double>(p.heads / p.kv_heads);
-}
-
 // dsinks, over the batch and the queries in order; in double precision, for their terms cancel.
 template <class T>
 void sink_gradients(const AttentionBackward& p) {
@@ -403,7 +400,7 @@ Status backward(const AttentionBackward& p, int64_t first_head) {
   const Task<Dot, T> task(p, first_head);
   const int64_t heads = p.batch * p.kv_heads, threads = thread_count();
   const int64_t key_blocks = blocks_of(p.keys, kKeys), query_blocks = blocks_of(p.queries, kQueries);
-  const double flops = flops_of(p);
+  const double flops = flops_of(p, kProducts);
   int32_t short_of_memory = 0;
   // Runs part(n) of `pieces` for every head.
   const auto run = [&](int64_t pieces, auto&& part) {
@@ -443,7 +440,7 @@ Status attention_backward(const AttentionBackward& p) {
     };
     dispatch_dtype(p.dtype, gradients);
   }
-  return for_each_sequence(p, flops_of(p) * static_cast<double>(p.kv_heads), kGrainFlops,
+  return for_each_sequence(p, flops_of(p, kProducts) * static_cast<double>(p.kv_heads), kGrainFlops,
                            [&](const AttentionBackward& one, int64_t first_head) {
                              return dispatch_dot(p.dtype, [&](auto tag, auto dot) {
                                return backward<typename decltype(tag)::type, decltype(dot)>(one, first_head);

@@ -105,14 +105,10 @@ struct Dropout {
   // decides on eight keys.
   template <class F>
   void for_each(int64_t head, int64_t query, int64_t key, Columns columns, F&& f) const {
-    const uint32_t row = static_cast<uint32_t>(first_head + head), key0 = static_cast<uint32_t>(seed),
-                   key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
     for (int64_t from = round_down(key + columns.begin, 8); from < key + columns.end; from += 8 * kLanes) {
       PhiloxWords words[kLanes];
       for (int lane = 0; lane < kLanes; ++lane)
-        words[lane] =
-            philox4x32({{static_cast<uint32_t>(from / 8 + lane), static_cast<uint32_t>(query), row, kAttentionStream}},
-                       key0, key1);
+        words[lane] = dropout_words(seed, first_head + head, query, from / 8 + lane);
       uint16_t values[8 * kLanes];
       for (int lane = 0; lane < kLanes; ++lane)
         for (int n = 0; n < 8; ++n) values[8 * lane + n] = static_cast<uint16_t>(dropout_value(words[lane], n));

@@ -32,6 +32,7 @@ from fastgpt.ops.losses import (
     reduce_rows,
     row_scale,
     unfused_options,
+    upfront_scale,
 )
 from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate, as_rows
@@ -226,11 +227,7 @@ def _forward(
     dx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, stride = as_rows(x)
-    scale = None
-    if dx is not None:
-        scale = torch.ones((), dtype=torch.float64, device=x.device)
-        if reduction == "mean":
-            scale /= (target != ignore_index).sum()
+    scale = None if dx is None else upfront_scale(target, ignore_index, reduction)
     target = target.contiguous()
     loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
     totals = x.new_zeros(2, dtype=torch.float64)

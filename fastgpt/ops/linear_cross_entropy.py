@@ -34,6 +34,7 @@ from fastgpt.ops.losses import (
     reduce_rows,
     row_scale,
     unfused_options,
+    upfront_scale,
 )
 from fastgpt.ops.native import DTYPES, Kernels, unsupported_dtype, with_huge_pages
 from fastgpt.ops.numerics import accumulate
@@ -363,9 +364,7 @@ def _run(
     loss, maximum, sum_exp = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
     totals = x.new_zeros(2, dtype=torch.float64)
     gradients = None if wanted is None else _Gradients(x, w, b, wanted)
-    scale = torch.ones_like(totals[0])
-    if reduction == "mean":
-        scale /= (target != ignore_index).sum()
+    scale = upfront_scale(target, ignore_index, reduction)
     for chunk, logits in _chunks(x, w, padded=asynchronous):
         kernels.cross_entropy_forward(
             loss=loss[chunk],

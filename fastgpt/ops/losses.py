@@ -79,6 +79,12 @@ def row_scale(dloss: Tensor, total: Tensor, reduction: str) -> Tensor:
     return g / total if reduction == "mean" else g
 
 
+def upfront_scale(target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """``row_scale`` of a loss whose own gradient is 1, for a gradient that is computed with the loss: 0-d float64."""
+    scale = torch.ones((), dtype=torch.float64, device=target.device)
+    return scale / (target != ignore_index).sum() if reduction == "mean" else scale
+
+
 def reduce_rows(loss: Tensor, totals: Tensor, reduction: str) -> Tensor:
     """The result from the losses of the rows (N,) and the kernel's [sum of losses, number of rows that count]."""
     if reduction == "none":
