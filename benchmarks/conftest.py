@@ -128,10 +128,12 @@ class Session:
         if not complete:
             terminalreporter.write_line(f"Not complete: {len(rows)} of {self.count} cases were measured.")
         if folder := config.getoption("--results"):
+            from benchmarks import publish  # which imports matplotlib
+
             path = Path(folder) / "bench.json"
             if config.getoption("keep") and path.exists():
                 found = report.merged(report.read(path), found)
-            for path in report.write(found, Path(folder)):
+            for path in publish.write(found, Path(folder)):
                 terminalreporter.write_line(f"wrote {path}")
 
 

@@ -1,4 +1,4 @@
-"""Rewrites docs/benchmarks.json, docs/benchmarks.md, its plots and README's table from one results file.
+"""Writes a run into its folder, or over docs/benchmarks.json, docs/benchmarks.md, its plots and README's table.
 
 So that README and docs quote nothing but what `fastgpt bench` wrote; a test holds them to docs/benchmarks.json.
 """
@@ -34,6 +34,16 @@ LINES: list[tuple[str, str, dict[str, Any]]] = [
     ("a training step of GPT-2 124M, 2 x 256 tokens", "training_step", {"shape": "2 x 256"}),
 ]
 DTYPES = ("float32", "bfloat16")
+
+
+def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Writes bench.json, bench.md and the plots; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", found)
+    drawn = plots.draw(found, folder)
+    with atomic_write(folder / "bench.md") as file:
+        file.write(report.markdown(found, [path.relative_to(folder) for path in drawn]))
+    return [folder / "bench.json", folder / "bench.md", *drawn]
 
 
 def publish(source: Path, root: Path = report.ROOT) -> list[Path]:

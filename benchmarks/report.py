@@ -23,7 +23,7 @@ import torch
 
 import fastgpt
 from benchmarks import ceilings as limits
-from fastgpt.files import atomic_write, read_json, write_json
+from fastgpt.files import read_json
 from fastgpt.ops.native import _C
 
 FORMAT, SCHEMA = "fastgpt-bench", 1
@@ -322,18 +322,6 @@ def exponents(rows: Iterable[Row]) -> list[dict[str, Any]]:
         fits = {curve: fitted_exponent(sizes, seconds) for curve, seconds in curves.items()}
         found.append({"series": name, "variable": variable, "sizes": sizes, "curves": curves, "exponents": fits})
     return found
-
-
-def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Writes bench.json, bench.md and the plots; returns their paths."""
-    from benchmarks import plots
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", found)
-    drawn = plots.draw(found, folder)
-    with atomic_write(folder / "bench.md") as file:
-        file.write(markdown(found, [path.relative_to(folder) for path in drawn]))
-    return [folder / "bench.json", folder / "bench.md", *drawn]
 
 
 def duration(seconds: float) -> str:

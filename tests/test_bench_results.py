@@ -203,7 +203,7 @@ def pytester_item():
 def test_the_page_and_the_pictures(tmp_path):
     rows = [row(), row("attention", 4e-3, 0.5, missing={"flash-attn": "not installed"}, memory=None)]
     rows += [row("scaling", n * 1e-6, case={"length": n}, scale=["T", n], name="sample") for n in (128, 256)]
-    paths = report.write(document(*rows, complete=False), tmp_path)
+    paths = publish.write(document(*rows, complete=False), tmp_path)
     assert [p.name for p in paths] == ["bench.json", "bench.md", "speedup.png", "roofline.png", "scaling.png"]
     text = (tmp_path / "bench.md").read_text()
     assert "cases are missing" in text
